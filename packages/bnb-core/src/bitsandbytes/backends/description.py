@@ -1,0 +1,93 @@
+"""What a backend plugin tells the core about itself.
+
+A backend package declares an entry point in the group ``bitsandbytes.backends`` that resolves to a
+:class:`Backend`. Importing the module that holds it must be cheap and must not load native code:
+that happens in :attr:`Backend.load`, on the first call of an op on one of the backend's devices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from bitsandbytes.errors import ArgumentTypeError
+
+
+@dataclass(frozen=True)
+class Availability:
+    """Answer of a backend's probe: can it serve its devices here, and if not, why not."""
+
+    available: bool
+    #: One sentence for the person reading ``bnb plugins list``; for an unavailable backend it says
+    #: what is missing and how to mend it.
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A backend's implementation of one op.
+
+    The core has already run the contract's checks when it calls ``run``.
+    """
+
+    #: Name of the op in the contract, with overload: ``"quantize_4bit"``, ``"dequantize_4bit.out"``.
+    op: str
+    #: Same signature as the op.
+    run: Callable[..., Any]
+    #: Says, from the same arguments, whether this kernel takes the call; ``None`` means always. A
+    #: call that no kernel takes goes to the reference implementation.
+    accepts: Callable[..., bool] | None = None
+
+    def __post_init__(self) -> None:
+        _expect(self, "op", isinstance(self.op, str), "the name of an op")
+        _expect(self, "run", callable(self.run), "a callable")
+        _expect(self, "accepts", self.accepts is None or callable(self.accepts), "a callable or None")
+
+
+@dataclass(frozen=True)
+class Backend:
+    """Description of a backend, the value of its entry point.
+
+    Raises:
+        ArgumentTypeError: a field has the wrong type; the text names it.
+    """
+
+    #: Short name that ``BNB_BACKENDS`` and the CLI use, equal to the name of the entry point.
+    name: str
+    #: Version of the backend's own distribution.
+    version: str
+    #: Device types of torch that the kernels serve: ``("cuda",)``.
+    devices: tuple[str, ...]
+    #: Lowest and highest version of the op contracts (``bitsandbytes.contract.OP_API_VERSION``)
+    #: that the kernels were built for, both inclusive.
+    op_api: tuple[int, int]
+    #: Cheap test without native code: the right hardware, driver and build of torch.
+    probe: Callable[[], Availability]
+    #: Loads the native code and returns the kernels. Called once, on first use.
+    load: Callable[[], Iterable[Kernel]]
+    #: Where two backends serve one op on one device, the higher priority is asked first.
+    priority: int = 0
+    #: What to run when the probe or the load fails.
+    install_hint: str = ""
+    #: Returns the ``ctypes`` library behind ``bitsandbytes.functional.lib``, for the few callers
+    #: that bind upstream's C symbols directly.
+    ctypes_library: Callable[[], Any] | None = None
+
+    def __post_init__(self) -> None:
+        _expect(self, "name", isinstance(self.name, str) and self.name, "a short name")
+        _expect(self, "version", isinstance(self.version, str), "a version string")
+        # A bare string is a sequence of one-letter devices, the mistake that this is for.
+        devices = self.devices if isinstance(self.devices, tuple) else ()
+        _expect(self, "devices", devices and all(isinstance(d, str) for d in devices), "a tuple like ('cuda',)")
+        bounds = self.op_api if isinstance(self.op_api, tuple) else ()
+        _expect(self, "op_api", len(bounds) == 2 and all(isinstance(n, int) for n in bounds), "a tuple like (1, 1)")
+        _expect(self, "probe", callable(self.probe), "a callable")
+        _expect(self, "load", callable(self.load), "a callable")
+        _expect(self, "priority", isinstance(self.priority, int), "an integer")
+
+
+def _expect(description: Backend | Kernel, field: str, condition: Any, expected: str) -> None:
+    if not condition:
+        value = getattr(description, field)
+        raise ArgumentTypeError(f"{type(description).__name__}.{field} is {value!r}, expected {expected}")

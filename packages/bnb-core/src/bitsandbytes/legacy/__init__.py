@@ -1,0 +1,1 @@
+"""Historical helpers behind ``bitsandbytes.functional`` that nothing else in this project uses."""

@@ -1,0 +1,106 @@
+"""Reference arithmetic of block-wise quantization: scaling, code search, and the way back.
+
+The exact order of operations is part of the format: packed codes and statistics are equal bit for
+bit to those of bitsandbytes 0.50.2 on the CPU. All steps are in float32, each rounded on its own
+(no fused multiply-add).
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from bitsandbytes.codebooks import midpoints_4bit, ranks_4bit
+
+#: Lower bound of absmax before its reciprocal is taken, near the smallest normal float32.
+TINY_ABSMAX = 1e-38
+
+#: The 8-bit search rounds a scaled value in [-1, 1] to one of this many evenly spaced points.
+GRID_POINTS = 65536
+_GRID_SCALE = (GRID_POINTS - 1) / 2
+
+
+def scale_blocks_4bit(A: torch.Tensor, blocksize: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale each block of the flattened tensor to [-1, 1].
+
+    Full blocks are multiplied by the reciprocal of ``max(absmax, 1e-38)``; a partial last block is
+    divided by that maximum, which is then also what is stored for it.
+
+    Returns:
+        ``(scaled, absmax)``: float32 of shape ``(A.numel(),)`` and ``(blocks,)``.
+    """
+    values = A.reshape(-1).float()
+    full = values.numel() // blocksize * blocksize
+    blocks = values[:full].reshape(-1, blocksize)
+    absmax = blocks.abs().amax(dim=1)
+    scaled = (blocks * absmax.clamp_min(TINY_ABSMAX).reciprocal().unsqueeze(1)).reshape(-1)
+    if full < values.numel():
+        tail = values[full:]
+        tail_absmax = tail.abs().max().clamp_min(TINY_ABSMAX)
+        absmax = torch.cat((absmax, tail_absmax.reshape(1)))
+        scaled = torch.cat((scaled, tail / tail_absmax))
+    return scaled, absmax
+
+
+def nearest_code_4bit(scaled: torch.Tensor, quant_type: str) -> torch.Tensor:
+    """Codes (uint8) of scaled values: the rank among the midpoints of the sorted table.
+
+    A value on a midpoint takes the lower rank; NaN takes the highest.
+    """
+    rank = torch.bucketize(scaled, midpoints_4bit(quant_type, scaled.device), right=False)
+    return ranks_4bit(quant_type, scaled.device)[rank]
+
+
+def scale_blocks_8bit(A: torch.Tensor, blocksize: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale each block by the reciprocal of its absmax and clamp to [-1, 1].
+
+    NaN is ignored in absmax. A block without a non-zero value scales to NaN, which the search codes
+    as 0.
+
+    Returns:
+        ``(scaled, absmax)``: float32 of shape ``(A.numel(),)`` and ``(blocks,)``.
+    """
+    values = A.reshape(-1).float()
+    count = values.numel()
+    blocks = -(-count // blocksize)
+    # A block longer than the tensor is the tensor; this keeps the padding small.
+    blocksize = max(1, min(blocksize, count))
+    padded = torch.nn.functional.pad(values, (0, blocks * blocksize - count)).reshape(blocks, blocksize)
+    absmax = padded.abs().nan_to_num(nan=0.0, posinf=torch.inf).amax(dim=1)
+    scaled = (padded * absmax.reciprocal().unsqueeze(1)).clamp(-1.0, 1.0)
+    scaled = torch.where(absmax.unsqueeze(1) == 0, torch.nan, scaled)
+    return scaled.reshape(-1)[:count], absmax
+
+
+def nearest_code_8bit(scaled: torch.Tensor, code: torch.Tensor) -> torch.Tensor:
+    """Codes (uint8) of scaled values in [-1, 1] under an ascending codebook; NaN gets code 0.
+
+    The value is first rounded to the grid of 65536 points, and the code nearest to the grid point
+    is taken, the lower one on a tie.
+    """
+    grid_codes = _codes_of_grid(code)
+    position = ((scaled + 1.0) * _GRID_SCALE + 0.5).floor()
+    return torch.where(scaled.isnan(), 0, grid_codes[position.nan_to_num(nan=0.0).int()])
+
+
+def _codes_of_grid(code: torch.Tensor) -> torch.Tensor:
+    table = code.reshape(-1)
+    midpoints = (table[:-1] + table[1:]) * 0.5
+    return torch.bucketize(_grid(code.device), midpoints, right=False).to(torch.uint8)
+
+
+@functools.cache
+def _grid(device: torch.device) -> torch.Tensor:
+    return torch.arange(GRID_POINTS, dtype=torch.float32, device=device) / _GRID_SCALE - 1.0
+
+
+def unscale_blocks(values: torch.Tensor, absmax: torch.Tensor, blocksize: int) -> torch.Tensor:
+    """Multiply a flat float32 tensor by the absmax of each value's block."""
+    count = values.numel()
+    absmax = absmax.reshape(-1)
+    full = count // blocksize
+    head = values[: full * blocksize].reshape(full, -1 if full else 0) * absmax[:full].unsqueeze(1)
+    if full * blocksize == count:
+        return head.reshape(-1)
+    return torch.cat((head.reshape(-1), values[full * blocksize :] * absmax[full]))
