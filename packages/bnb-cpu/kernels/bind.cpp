@@ -1,0 +1,54 @@
+// The Python module: hands the functions of the table out as they are, without logic. Arguments are
+// positional, pointers are integers (Tensor.data_ptr()), and the GIL is released. The signatures are in
+// src/bnb_cpu/_C.pyi.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <type_traits>
+
+#include "dispatch.h"
+
+namespace nb = nanobind;
+
+namespace {
+
+using bnb_cpu::Kernels;
+
+template <class T>
+using Argument = std::conditional_t<std::is_pointer_v<T>, uintptr_t, T>;
+
+template <class T>
+T unwrap(Argument<T> value) {
+  if constexpr (std::is_pointer_v<T>) {
+    return reinterpret_cast<T>(value);
+  } else {
+    return value;
+  }
+}
+
+template <class Result, class... Arguments>
+void bind(nb::module_& module, const char* name, Result (*Kernels::*kernel)(Arguments...)) {
+  module.def(
+      name,
+      [kernel](Argument<Arguments>... arguments) {
+        return (bnb_cpu::kernels().*kernel)(unwrap<Arguments>(arguments)...);
+      },
+      nb::call_guard<nb::gil_scoped_release>());
+}
+
+}  // namespace
+
+NB_MODULE(_C, m) {
+  bnb_cpu::isa();  // An unusable BNB_CPU_ISA fails the import.
+
+  m.def("isa", &bnb_cpu::isa);
+  m.def("supported_isas", &bnb_cpu::supported_isas);
+  m.def("set_isa", &bnb_cpu::set_isa);
+
+  bind(m, "quantize_4bit", &Kernels::quantize_4bit);
+  bind(m, "dequantize_4bit", &Kernels::dequantize_4bit);
+  bind(m, "dequantize_4bit_nested", &Kernels::dequantize_4bit_nested);
+  bind(m, "quantize_blockwise", &Kernels::quantize_blockwise);
+  bind(m, "dequantize_blockwise", &Kernels::dequantize_blockwise);
+}

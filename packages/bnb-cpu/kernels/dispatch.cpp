@@ -1,0 +1,147 @@
+#include "dispatch.h"
+
+#include <atomic>
+#include <cstdlib>
+#include <stdexcept>
+
+#if defined(_MSC_VER) && defined(_M_X64)
+#include <intrin.h>
+#endif
+
+namespace bnb_cpu {
+namespace {
+
+#if defined(__x86_64__) || defined(_M_X64)
+#define BNB_X86 1
+#elif defined(__aarch64__) || defined(_M_ARM64)
+#define BNB_ARM 1
+#endif
+
+bool always() { return true; }
+
+#ifdef BNB_X86
+#ifdef _MSC_VER
+// What GCC's __builtin_cpu_supports asks for: the features, and that the operating system saves the
+// registers (XCR0).
+struct X86Features {
+  bool avx2 = false, avx512 = false, avx512vnni = false;
+
+  X86Features() {
+    int leaf1[4], leaf7[4];
+    __cpuid(leaf1, 1);
+    const bool osxsave = leaf1[2] >> 27 & 1;
+    if (!osxsave) {
+      return;
+    }
+    const unsigned long long saved = _xgetbv(0);
+    __cpuidex(leaf7, 7, 0);
+    const auto b7 = [&](int bit) { return leaf7[1] >> bit & 1; };
+    const auto c7 = [&](int bit) { return leaf7[2] >> bit & 1; };
+    const bool fma = leaf1[2] >> 12 & 1, f16c = leaf1[2] >> 29 & 1;
+    avx2 = (saved & 0x6) == 0x6 && b7(5) && b7(3) && b7(8) && fma && f16c;
+    avx512 = avx2 && (saved & 0xe6) == 0xe6 && b7(16) && b7(17) && b7(30) && b7(31);
+    avx512vnni = avx512 && c7(11) && c7(1);
+  }
+};
+
+const X86Features& features() {
+  static const X86Features found;
+  return found;
+}
+
+bool has_avx2() { return features().avx2; }
+bool has_avx512() { return features().avx512; }
+bool has_avx512vnni() { return features().avx512vnni; }
+#else
+bool has_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") &&
+         __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2");
+}
+
+bool has_avx512() {
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+
+bool has_avx512vnni() {
+  return has_avx512() && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi");
+}
+#endif
+#endif
+
+struct Isa {
+  const char* name;
+  bool (*supported)();
+  const Kernels* kernels;
+};
+
+// Best first.
+constexpr Isa kIsas[] = {
+#ifdef BNB_X86
+    {"avx512vnni", has_avx512vnni, &avx512vnni::table},
+    {"avx512", has_avx512, &avx512::table},
+    {"avx2", has_avx2, &avx2::table},
+#elif defined(BNB_ARM)
+    {"neon", always, &neon::table},
+#endif
+    {"scalar", always, &scalar::table},
+};
+
+constexpr const char* kVariable = "BNB_CPU_ISA";
+
+[[noreturn]] void reject(const std::string& name, const char* why, const char* source) {
+  std::string text = std::string(source) + ": instruction set '" + name + "' " + why + "; supported here:";
+  for (const std::string& supported : supported_isas()) {
+    text += " " + supported;
+  }
+  throw std::invalid_argument(text);
+}
+
+const Isa& find(const std::string& name, const char* source) {
+  for (const Isa& isa : kIsas) {
+    if (name == isa.name) {
+      if (!isa.supported()) {
+        reject(name, "is not supported by this machine", source);
+      }
+      return isa;
+    }
+  }
+  reject(name, "is unknown to this build", source);
+}
+
+const Isa& first_choice() {
+  const char* wanted = std::getenv(kVariable);
+  if (wanted != nullptr && *wanted != '\0') {
+    return find(wanted, kVariable);
+  }
+  const Isa* best = kIsas;
+  while (!best->supported()) {
+    ++best;
+  }
+  return *best;
+}
+
+std::atomic<const Isa*>& current() {
+  static std::atomic<const Isa*> isa{&first_choice()};
+  return isa;
+}
+
+}  // namespace
+
+const Kernels& kernels() { return *current().load(std::memory_order_relaxed)->kernels; }
+
+std::string isa() { return current().load(std::memory_order_relaxed)->name; }
+
+std::vector<std::string> supported_isas() {
+  std::vector<std::string> names;
+  for (const Isa& isa : kIsas) {
+    if (isa.supported()) {
+      names.push_back(isa.name);
+    }
+  }
+  return names;
+}
+
+void set_isa(const std::string& name) { current().store(&find(name, "set_isa"), std::memory_order_relaxed); }
+
+}  // namespace bnb_cpu

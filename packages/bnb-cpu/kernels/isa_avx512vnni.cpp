@@ -1,0 +1,5 @@
+// AVX-512 with the additions of Ice Lake and Zen 4: byte permutes and int8 dot products.
+#define BNB_ISA avx512vnni
+#include "simd_avx512.h"
+
+#include "kernels-inl.h"

@@ -1,0 +1,179 @@
+"""Kernels of the block-wise ops: allocate the results, hand pointers to the native module.
+
+The contract's checks have run; nothing is checked again. Tensors stay referenced by a name until the
+native call returns: their addresses alone would not keep them alive.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from bitsandbytes.backends.description import Kernel
+from torch import Tensor, empty, get_num_threads
+
+from bnb_cpu.native import _C
+
+#: Numbers of ``bnb::Dtype``.
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+
+#: Numbers of ``bnb::QuantType``.
+QUANT_TYPES = {"nf4": 0, "fp4": 1}
+
+
+def quantize_4bit(
+    A: Tensor, blocksize: int, quant_type: str, quant_storage: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Native ``quantize_4bit``."""
+    A = A.contiguous()
+    count, device = A.numel(), A.device
+    packed = empty(((count + 1) // 2 // quant_storage.itemsize, 1), dtype=quant_storage, device=device)
+    absmax = empty(-(-count // blocksize), dtype=torch.float32, device=device)
+    _C.quantize_4bit(
+        A.data_ptr(),
+        DTYPES[A.dtype],
+        count,
+        blocksize,
+        QUANT_TYPES[quant_type],
+        packed.data_ptr(),
+        absmax.data_ptr(),
+        get_num_threads(),
+    )
+    return packed, absmax
+
+
+def dequantize_4bit(
+    A: Tensor, absmax: Tensor, blocksize: int, quant_type: str, shape: Sequence[int], dtype: torch.dtype
+) -> Tensor:
+    """Native ``dequantize_4bit``."""
+    out = empty(shape, dtype=dtype, device=A.device)
+    _dequantize_4bit_into(A, absmax, blocksize, quant_type, out)
+    return out
+
+
+def dequantize_4bit_out(
+    A: Tensor,
+    absmax: Tensor,
+    blocksize: int,
+    quant_type: str,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    out: Tensor,
+) -> None:
+    """Native ``dequantize_4bit.out``."""
+    if out.is_contiguous():
+        _dequantize_4bit_into(A, absmax, blocksize, quant_type, out)
+    else:
+        out.copy_(dequantize_4bit(A, absmax, blocksize, quant_type, shape, dtype))
+
+
+def _dequantize_4bit_into(A: Tensor, absmax: Tensor, blocksize: int, quant_type: str, out: Tensor) -> None:
+    A, absmax = A.contiguous(), absmax.contiguous()
+    _C.dequantize_4bit(
+        A.data_ptr(),
+        absmax.data_ptr(),
+        out.numel(),
+        blocksize,
+        QUANT_TYPES[quant_type],
+        out.data_ptr(),
+        DTYPES[out.dtype],
+        get_num_threads(),
+    )
+
+
+def dequantize_4bit_nested(
+    A: Tensor,
+    absmax: Tensor,
+    absmax_8bit: Tensor,
+    absmax_code: Tensor,
+    absmax_offset: Tensor,
+    blocksize: int,
+    quant_type: str,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    nested_blocksize: int = 256,
+) -> Tensor:
+    """Native ``dequantize_4bit_nested``."""
+    A, absmax, absmax_8bit = A.contiguous(), absmax.contiguous(), absmax_8bit.contiguous()
+    absmax_code = absmax_code.contiguous()
+    out = empty(shape, dtype=dtype, device=A.device)
+    _C.dequantize_4bit_nested(
+        A.data_ptr(),
+        absmax.data_ptr(),
+        absmax_8bit.data_ptr(),
+        absmax_code.data_ptr(),
+        absmax_code.numel(),
+        absmax_offset.data_ptr(),
+        out.numel(),
+        blocksize,
+        nested_blocksize,
+        QUANT_TYPES[quant_type],
+        out.data_ptr(),
+        DTYPES[dtype],
+        get_num_threads(),
+    )
+    return out
+
+
+def quantize_blockwise(A: Tensor, code: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
+    """Native ``quantize_blockwise``."""
+    A, code = A.contiguous(), code.contiguous()
+    count, device = A.numel(), A.device
+    codes = empty(A.shape, dtype=torch.uint8, device=device)
+    absmax = empty(-(-count // blocksize), dtype=torch.float32, device=device)
+    _C.quantize_blockwise(
+        A.data_ptr(),
+        DTYPES[A.dtype],
+        count,
+        blocksize,
+        code.data_ptr(),
+        code.numel(),
+        codes.data_ptr(),
+        absmax.data_ptr(),
+        get_num_threads(),
+    )
+    return codes, absmax
+
+
+def dequantize_blockwise(A: Tensor, absmax: Tensor, code: Tensor, blocksize: int, dtype: torch.dtype) -> Tensor:
+    """Native ``dequantize_blockwise``."""
+    out = empty(A.shape, dtype=dtype, device=A.device)
+    _dequantize_blockwise_into(A, absmax, code, blocksize, out)
+    return out
+
+
+def dequantize_blockwise_out(
+    A: Tensor, absmax: Tensor, code: Tensor, blocksize: int, dtype: torch.dtype, out: Tensor
+) -> None:
+    """Native ``dequantize_blockwise.out``."""
+    if out.is_contiguous():
+        _dequantize_blockwise_into(A, absmax, code, blocksize, out)
+    else:
+        out.copy_(dequantize_blockwise(A, absmax, code, blocksize, dtype))
+
+
+def _dequantize_blockwise_into(A: Tensor, absmax: Tensor, code: Tensor, blocksize: int, out: Tensor) -> None:
+    A, absmax, code = A.contiguous(), absmax.contiguous(), code.contiguous()
+    _C.dequantize_blockwise(
+        A.data_ptr(),
+        absmax.data_ptr(),
+        code.data_ptr(),
+        code.numel(),
+        out.numel(),
+        blocksize,
+        out.data_ptr(),
+        DTYPES[out.dtype],
+        get_num_threads(),
+    )
+
+
+#: What the backend serves, by op.
+KERNELS = (
+    Kernel("quantize_4bit", quantize_4bit),
+    Kernel("dequantize_4bit", dequantize_4bit),
+    Kernel("dequantize_4bit.out", dequantize_4bit_out),
+    Kernel("dequantize_4bit_nested", dequantize_4bit_nested),
+    Kernel("quantize_blockwise", quantize_blockwise),
+    Kernel("dequantize_blockwise", dequantize_blockwise),
+    Kernel("dequantize_blockwise.out", dequantize_blockwise_out),
+)
