@@ -83,11 +83,12 @@ class Op:
 OPS: dict[str, Op] = {}
 
 #: Called with the device type of the first tensor when a call lands on the reference because no
-#: backend serves its device; the backend registry puts its one-time notice here.
-_reference_notice: Callable[[str], None] | None = None
+#: backend has claimed its device; says whether one has claimed it now, so that the call has to be
+#: dispatched again. The backend registry puts its one-time notice here.
+_reference_notice: Callable[[str], bool] | None = None
 
 
-def set_reference_notice(notice: Callable[[str], None] | None) -> None:
+def set_reference_notice(notice: Callable[[str], bool] | None) -> None:
     """Install the function that is told about calls which no backend serves."""
     global _reference_notice
     _reference_notice = notice
@@ -194,17 +195,25 @@ def _reference_entry(op: Op) -> Callable[..., Any]:
 
     @functools.wraps(op.reference)
     def entry(*args: Any, **kwargs: Any) -> Any:
-        if _reference_notice is not None:
-            _reference_notice(args[_first_tensor_index(op)].device.type)
+        if _reference_notice is not None and _reference_notice(_device_of(op, args)):
+            return op.overload(*args, **kwargs)
         return op.checked_reference(*args, **kwargs)
 
     return entry
 
 
+def _device_of(op: Op, args: tuple[Any, ...]) -> str:
+    """Device type of the first tensor of a call; of an empty list of tensors, the CPU."""
+    argument = args[_first_tensor_index(op)]
+    if isinstance(argument, torch.Tensor):
+        return argument.device.type
+    return argument[0].device.type if argument else "cpu"
+
+
 @functools.cache
 def _first_tensor_index(op: Op) -> int:
     arguments = op.overload._schema.arguments
-    return next(i for i, argument in enumerate(arguments) if str(argument.type) == "Tensor")
+    return next(i for i, argument in enumerate(arguments) if str(argument.type) in ("Tensor", "List[Tensor]"))
 
 
 def _fake_from_outputs(outputs: Callable[..., tuple[TensorSpec, ...]] | None) -> Callable[..., Any]:

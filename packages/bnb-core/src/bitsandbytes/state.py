@@ -77,6 +77,13 @@ class QuantState:
         nested = [self.offset, self.state2] if self.nested else None
         return [self.absmax, self.shape, self.dtype, self.blocksize, nested, self.quant_type][idx]
 
+    def __getattr__(self, name: str) -> Any:
+        # Sharded saving walks the dotted keys of a state dict, of which the last part may be the
+        # description ("weight.quant_state.bitsandbytes__nf4").
+        if name.startswith("bitsandbytes__") and name == f"bitsandbytes__{self.__dict__.get('quant_type')}":
+            return self.as_dict(packed=True)[f"quant_state.{name}"]
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
     def nested_arguments(self) -> dict[str, torch.Tensor]:
         """The statistics as the 4-bit ops take them.
 

@@ -7,11 +7,14 @@ that happens in :attr:`Backend.load`, on the first call of an op on one of the b
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from bitsandbytes.errors import ArgumentTypeError
+import torch
+
+from bitsandbytes.errors import ArgumentTypeError, BackendWarning
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,10 @@ class Backend:
     #: Returns the ``ctypes`` library behind ``bitsandbytes.functional.lib``, for the few callers
     #: that bind upstream's C symbols directly.
     ctypes_library: Callable[[], Any] | None = None
+    #: Whether ``gemm_4bit`` runs without materialising the dequantized weight, from device index,
+    #: dtype, rows of the input, rows and columns of the weight. A few callers choose their own path
+    #: by it, through ``bitsandbytes.backends.cuda.ops``.
+    fuses_gemm_4bit: Callable[[int, torch.dtype, int, int, int], bool] | None = None
 
     def __post_init__(self) -> None:
         _expect(self, "name", isinstance(self.name, str) and self.name, "a short name")
@@ -85,6 +92,20 @@ class Backend:
         _expect(self, "probe", callable(self.probe), "a callable")
         _expect(self, "load", callable(self.load), "a callable")
         _expect(self, "priority", isinstance(self.priority, int), "an integer")
+
+    def __call__(self) -> None:
+        """Warn that another distribution has written over this package.
+
+        Only the loader of upstream's package calls the value of an entry point that is a description:
+        ``bitsandbytes/__init__.py`` is not that of ``bnb-core`` any more.
+        """
+        warnings.warn(
+            f"backend {self.name!r} is not used: another distribution has written its files over the package "
+            "`bitsandbytes` of bnb-core. To mend it: pip uninstall bitsandbytes && "
+            "pip install --force-reinstall --no-deps bnb-core. To see the files: bnb doctor",
+            BackendWarning,
+            stacklevel=2,
+        )
 
 
 def _expect(description: Backend | Kernel, field: str, condition: Any, expected: str) -> None:

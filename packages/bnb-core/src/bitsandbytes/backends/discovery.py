@@ -10,16 +10,18 @@ an error is raised only when the plugin's device is used.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from typing import Any
 
 import importlib_metadata
 import torch
 
+from bitsandbytes import contract
 from bitsandbytes.backends.description import Backend
-from bitsandbytes.backends.registry import REGISTRY, Plugin, Registry, Status
+from bitsandbytes.backends.plugin import WHEELS, Plugin, Status, describe_exception, dispatch_key, refuse_other_api
+from bitsandbytes.backends.registry import REGISTRY, Registry
 from bitsandbytes.backends.settings import Settings
-from bitsandbytes.contract import OPS
 
 GROUP = "bitsandbytes.backends"
 
@@ -29,24 +31,28 @@ def load_plugins(
     entry_points: Iterable[Any] | None = None,
     settings: Settings | None = None,
 ) -> None:
-    """Load every installed plugin that the environment allows into the registry."""
-    settings = settings or Settings.from_environment()
-    registry.strict = settings.strict
+    """Load every installed plugin that the environment allows into the registry.
+
+    Raises:
+        BackendError: in strict mode, when a plugin has a problem.
+    """
+    registry.settings = settings or Settings.from_environment()
     found = _unique(registry, installed_entry_points() if entry_points is None else entry_points)
-    for variable, name in settings.unknown({entry.name for entry in found}):
+    for variable, name in registry.settings.unknown({entry.name for entry in found}):
         installed = ", ".join(sorted(entry.name for entry in found)) or "none"
         registry.warn(f"{variable} names {name!r}, but no such backend is installed (installed: {installed})")
-    plugins = [(entry, _load(entry, settings)) for entry in found]
-    # Callables have registered with torch by now, so that a described backend sees their kernels.
-    for _entry, plugin in plugins:
+    # Callables register with torch while they are loaded, so that a described backend, which joins
+    # the registry after them, leaves them their kernels.
+    for plugin in [_plugin(entry, registry.settings) for entry in found]:
         registry.add(plugin)
-        if plugin.status in (Status.BROKEN, Status.INCOMPATIBLE):
-            registry.warn(plugin.describe_failure())
+    contract.set_reference_notice(registry.before_reference)
+    if registry.settings.strict:
+        registry.verify()
 
 
 def installed_entry_points() -> list[Any]:
     """Entry points of the group; an application frozen without metadata has none."""
-    return list(importlib_metadata.entry_points(group=GROUP))
+    return sorted(importlib_metadata.entry_points(group=GROUP), key=lambda entry: (entry.name, _distribution(entry)))
 
 
 def _unique(registry: Registry, entry_points: Iterable[Any]) -> list[Any]:
@@ -68,42 +74,69 @@ def _distribution(entry: Any) -> tuple[str, str]:
     return entry.dist.name or "unknown", entry.dist.version or "unknown"
 
 
-def _load(entry: Any, settings: Settings) -> Plugin:
+def _plugin(entry: Any, settings: Settings) -> Plugin:
     distribution, version = _distribution(entry)
     plugin = Plugin(entry.name, distribution, version, entry.value)
     skipped = settings.why_skipped(entry.name)
     if skipped:
         plugin.status, plugin.cause = Status.SKIPPED, skipped
-        return plugin
+    else:
+        plugin.retry = lambda: _load(plugin, entry)
+        _load(plugin, entry)
+    return plugin
+
+
+def _load(plugin: Plugin, entry: Any) -> None:
+    if _is_being_imported(entry.value):
+        plugin.status, plugin.cause = Status.PENDING, "its module is still being imported"
+        return
+    plugin.status, plugin.cause = Status.REGISTERED, ""
+    before = _registered_kernels()
     try:
         _resolve(plugin, entry.load())
+    except KeyboardInterrupt:
+        raise
     # A plugin may call sys.exit when its runtime is missing; that must not end the user's program.
-    except (Exception, SystemExit) as error:
-        plugin.fail(Status.BROKEN, f"importing it raised {type(error).__name__}: {error}", error)
-    return plugin
+    except BaseException as error:
+        plugin.fail(Status.BROKEN, f"loading {plugin.target} raised {describe_exception(error)}", error)
+    finally:
+        # torch cannot take a registration back: what a callable registered before it failed stays.
+        if plugin.backend is None:
+            plugin.direct_ops = tuple(sorted(_registered_kernels() - before))
 
 
 def _resolve(plugin: Plugin, value: Any) -> None:
     if isinstance(value, Backend):
+        if value.name != plugin.name:
+            raise ValueError(f"the description is called {value.name!r}, the entry point {plugin.name!r}")
         plugin.backend = value
-        cause = REGISTRY.check_version(value)
-        if cause:
-            plugin.fail(Status.INCOMPATIBLE, cause)
+        refuse_other_api(plugin, value)
     elif callable(value):
-        before = _registered_kernels()
         value()
-        plugin.direct_ops = tuple(sorted(_registered_kernels() - before))
         plugin.status = Status.CALLED
     else:
-        raise TypeError(f"{plugin.target} is a {type(value).__name__}, expected a Backend or a callable")
+        raise TypeError(f"it is a {type(value).__name__}, expected a Backend or a callable")
+
+
+def _is_being_imported(target: str) -> bool:
+    """Whether the module of an entry point, or a package around it, is half-way through its import.
+
+    That is so when the user imports the plugin first and the plugin imports this package.
+    """
+    module = target.partition(":")[0].strip()
+    parts = module.split(".")
+    modules = (sys.modules.get(".".join(parts[:length])) for length in range(1, len(parts) + 1))
+    return any(getattr(getattr(found, "__spec__", None), "_initializing", False) for found in modules)
 
 
 def _registered_kernels() -> set[tuple[str, str]]:
-    """Op and dispatch key of every kernel that torch knows for our ops."""
-    keys = [str(torch._C._dispatch_key_for_device(device)) for device in _device_types()]
+    """Op and device type of every kernel that torch knows for our ops."""
+    devices = {*WHEELS, torch._C._get_privateuse1_backend_name()}
+    keys = {device: key for device in devices if (key := dispatch_key(device)) is not None}
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
-    return {(op.name, key) for op in OPS.values() for key in keys if has_kernel(op.qualname, key)}
-
-
-def _device_types() -> list[str]:
-    return ["cpu", "cuda", "xpu", "mps", "hpu", torch._C._get_privateuse1_backend_name()]
+    return {
+        (op.name, device)
+        for op in contract.OPS.values()
+        for device, key in keys.items()
+        if has_kernel(op.qualname, key)
+    }

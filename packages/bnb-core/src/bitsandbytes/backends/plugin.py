@@ -35,7 +35,7 @@ class Status(Enum):
     PENDING = "pending"
     #: Not loaded because of an environment variable.
     SKIPPED = "skipped"
-    #: Built for another version of the op contracts or of the core.
+    #: Built for another version of the op contracts.
     INCOMPATIBLE = "incompatible"
     #: Its import, entry, probe or load raised.
     BROKEN = "broken"
@@ -59,13 +59,14 @@ class Plugin:
     mend: str = ""
     backend: Backend | None = None
     error: BaseException | None = None
-    #: Ops registered directly with torch, for upstream-style plugins: ``(op, dispatch key)``.
+    #: Ops that an upstream-style plugin registered directly with torch: ``(op, device type)``.
     direct_ops: tuple[tuple[str, str], ...] = ()
     #: Names of kernels that fit no op of this core, and are therefore never called.
     unknown_ops: tuple[str, ...] = ()
     #: Tries again to load a pending plugin.
     retry: Callable[[], None] | None = field(default=None, repr=False)
     _kernels: dict[str, Kernel] | None = field(default=None, repr=False)
+    _probed: bool = field(default=False, repr=False)
     _availability: Availability | None = field(default=None, repr=False)
     _lock: threading.RLock = field(default_factory=threading.RLock, repr=False)
 
@@ -73,13 +74,13 @@ class Plugin:
     def devices(self) -> tuple[str, ...]:
         """Device types that the plugin serves, as far as they can be known.
 
-        A plugin that could not be imported describes nothing; its name is then the only evidence.
+        A plugin that was not imported describes nothing; its name is then the only evidence.
         """
         if self.backend is not None:
             return self.backend.devices
         if self.direct_ops:
-            return tuple(sorted({key.lower() for _op, key in self.direct_ops}))
-        return _devices_by_name(self.name) if self.status in FAILED else ()
+            return tuple(sorted({device for _op, device in self.direct_ops}))
+        return () if self.status is Status.CALLED else devices_by_name(self.name)
 
     def availability(self) -> Availability:
         """Whether the plugin can serve its devices here; the probe is asked once.
@@ -90,8 +91,7 @@ class Plugin:
             return Availability(True)
         if self.status is not Status.REGISTERED or self.backend is None:
             return Availability(False, self.cause)
-        answer = self._probe(self.backend)
-        return Availability(False, self.cause) if answer is None else answer
+        return self._probe(self.backend) or Availability(False, self.cause)
 
     def blocks(self) -> bool:
         """Whether the plugin ought to serve its devices here but failed.
@@ -117,11 +117,23 @@ class Plugin:
                 self._kernels = self._load()
             return self._kernels
 
-    def fail(self, status: Status, cause: str, error: BaseException | None = None) -> None:
-        """Record why the plugin cannot be used."""
+    def settle(self) -> None:
+        """Load a plugin that was pending, if its module has been imported in the meantime."""
+        with self._lock:
+            if self.status is Status.PENDING and self.retry is not None:
+                self.retry()
+
+    def fail(self, status: Status, cause: str, error: BaseException | None = None, mend: str = "") -> None:
+        """Record why the plugin cannot be used and what mends it."""
         self.status, self.cause, self.error = status, cause, error
         hint = self.backend.install_hint if self.backend else ""
-        self.mend = hint or f"pip install --upgrade {self.distribution}"
+        self.mend = mend or hint or f"pip install --upgrade --force-reinstall --no-deps {self.distribution}"
+
+    def failure(self) -> BackendError:
+        """The error to raise where the plugin would have to serve a call."""
+        error = BackendError(self.describe_failure())
+        error.__cause__ = self.error
+        return error
 
     def describe_failure(self) -> str:
         """One sentence with name, version, cause and mend."""
@@ -133,18 +145,20 @@ class Plugin:
     def _probe(self, backend: Backend) -> Availability | None:
         """The probe's answer; ``None`` when it has none and the plugin is broken for it."""
         with self._lock:
-            if self._availability is None:
+            if not self._probed:
+                self._probed = True
                 try:
                     answer = backend.probe()
                     if not isinstance(answer, Availability):
                         raise TypeError(f"it returned {answer!r}, expected an Availability")
+                    self._availability = answer
                 except KeyboardInterrupt:
+                    self._probed = False
                     raise
+                # A probe may call sys.exit when its runtime is missing; that must not end the user's program.
                 except BaseException as error:
                     if self.status not in FAILED:
-                        self.fail(Status.BROKEN, f"its probe raised {_text(error)}", error)
-                    return None
-                self._availability = answer
+                        self.fail(Status.BROKEN, f"its probe raised {describe_exception(error)}", error)
             return self._availability
 
     def _load(self) -> dict[str, Kernel]:
@@ -154,8 +168,8 @@ class Plugin:
             except KeyboardInterrupt:
                 raise
             except BaseException as error:
-                self.fail(Status.BROKEN, f"loading its kernels raised {_text(error)}", error)
-        raise BackendError(self.describe_failure()) from self.error
+                self.fail(Status.BROKEN, f"loading its kernels raised {describe_exception(error)}", error)
+        raise self.failure()
 
     def _by_op(self, kernels: tuple[Kernel, ...]) -> dict[str, Kernel]:
         by_op: dict[str, Kernel] = {}
@@ -168,17 +182,27 @@ class Plugin:
         return {name: kernel for name, kernel in by_op.items() if name in OPS}
 
 
-def why_incompatible(backend: Backend) -> str | None:
-    """Why the backend does not fit these op contracts, or ``None`` when it does."""
+def refuse_other_api(plugin: Plugin, backend: Backend) -> None:
+    """Mark a plugin as incompatible whose kernels were not built for these op contracts."""
     lowest, highest = backend.op_api
     if lowest <= OP_API_VERSION <= highest:
-        return None
+        return
     built_for = f"{lowest}" if lowest == highest else f"{lowest} to {highest}"
-    return f"it was built for op API {built_for}, this core has op API {OP_API_VERSION}"
+    older = plugin.distribution if highest < OP_API_VERSION else "bnb-core"
+    plugin.fail(
+        Status.INCOMPATIBLE,
+        f"it was built for op API {built_for}, this core has op API {OP_API_VERSION}",
+        mend=f"pip install --upgrade {older}",
+    )
 
 
 def dispatch_key(device: str) -> str | None:
-    """Name of torch's dispatch key for a device type, ``None`` when torch does not know the type."""
+    """Name of torch's dispatch key for a device type, ``None`` when torch does not know the type.
+
+    A type that an extension adds to torch is known once the extension has given it its name.
+    """
+    if device == torch._C._get_privateuse1_backend_name():
+        return "PrivateUse1"
     try:
         return str(torch._C._dispatch_key_for_device(device))
     except RuntimeError:
@@ -186,17 +210,14 @@ def dispatch_key(device: str) -> str | None:
 
 
 def describe_exception(error: BaseException) -> str:
-    """Type and text of an exception on one line."""
-    return _text(error)
-
-
-def _text(error: BaseException) -> str:
+    """Type and first line of an exception."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
-def _devices_by_name(name: str) -> tuple[str, ...]:
+def devices_by_name(name: str) -> tuple[str, ...]:
+    """Device types that a backend with this name can be expected to serve in this build of torch."""
     # Both vendors' GPUs are "cuda" to torch; a build of torch knows only one of them.
     if name in ("cuda", "rocm"):
         return ("cuda",) if (name == "rocm") == (torch.version.hip is not None) else ()
-    return (name,) if dispatch_key(name) is not None else ()
+    return (name,) if name in WHEELS else ()

@@ -1,117 +1,26 @@
 """Who serves which op on which device.
 
-The registry owns one dispatcher entry per op and device type that some backend claims. The entry
-runs the contract's check, then the first kernel that accepts the call, then the reference.
-Backends are probed and loaded on the first call that needs them, never at import.
+The registry owns one dispatcher entry per op and device type that some backend claims. Backends are
+probed and loaded on the first call that needs them, never at import.
 """
 
 from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from enum import Enum
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 
-from bitsandbytes.backends.description import Availability, Backend, Kernel
-from bitsandbytes.backends.settings import DENY
-from bitsandbytes.contract import NAMESPACE, OP_API_VERSION, OPS, Op
+from bitsandbytes.backends.description import Kernel
+from bitsandbytes.backends.dispatch import Entry
+from bitsandbytes.backends.plugin import FAILED, WHEELS, Plugin, Status, devices_by_name, dispatch_key
+from bitsandbytes.backends.settings import DENY, Settings
+from bitsandbytes.contract import NAMESPACE, OPS, Op
 from bitsandbytes.errors import BackendError, BackendWarning
 
-#: Wheels of this project by the torch device type that they serve, for hints.
-WHEELS = {
-    "cpu": "bnb-core[cpu]",
-    "cuda": "bnb-core[cuda] (NVIDIA) or bnb-core[rocm] (AMD)",
-    "xpu": "bnb-core[xpu]",
-    "mps": "bnb-core[mps]",
-    "hpu": "bnb-core[hpu]",
-}
-
-
-class Status(Enum):
-    """State of an installed plugin."""
-
-    #: A description is registered; probing and loading wait for the first use.
-    REGISTERED = "registered"
-    #: Upstream-style plugin: its callable ran and registered kernels with torch directly.
-    CALLED = "called"
-    #: Not loaded because of an environment variable.
-    SKIPPED = "skipped"
-    #: Built for another version of the op contracts.
-    INCOMPATIBLE = "incompatible"
-    #: Its import, entry or load raised.
-    BROKEN = "broken"
-
-
-@dataclass(eq=False)
-class Plugin:
-    """An installed plugin and what became of it."""
-
-    name: str
-    distribution: str = "unknown"
-    version: str = "unknown"
-    #: The object reference of the entry point, ``module:attribute``.
-    target: str = ""
-    status: Status = Status.REGISTERED
-    #: Why the plugin is not in use, and what to do about it.
-    cause: str = ""
-    mend: str = ""
-    backend: Backend | None = None
-    error: BaseException | None = None
-    #: Ops registered directly with torch, for upstream-style plugins: ``(op, dispatch key)``.
-    direct_ops: tuple[tuple[str, str], ...] = ()
-    _kernels: dict[str, Kernel] | None = field(default=None, repr=False)
-    _lock: threading.RLock = field(default_factory=threading.RLock, repr=False)
-
-    def availability(self) -> Availability:
-        """Ask the backend's probe; a probe that raises means unavailable, with its message."""
-        if self.backend is None or self.status not in (Status.REGISTERED, Status.CALLED):
-            return Availability(self.status is Status.CALLED, self.cause)
-        try:
-            return self.backend.probe()
-        except Exception as error:
-            return Availability(False, f"its probe raised {type(error).__name__}: {error}")
-
-    def kernels(self) -> dict[str, Kernel]:
-        """Load the backend if need be and return its kernels by op.
-
-        Raises:
-            BackendError: the plugin is broken or incompatible; the text says how to mend it.
-        """
-        if self._kernels is not None:
-            return self._kernels
-        with self._lock:
-            if self._kernels is None:
-                self._kernels = self._load()
-            return self._kernels
-
-    def _load(self) -> dict[str, Kernel]:
-        if self.status is Status.REGISTERED and self.backend is not None:
-            try:
-                kernels = {kernel.op: kernel for kernel in self.backend.load()}
-            except Exception as error:
-                self.fail(Status.BROKEN, f"loading its kernels raised {type(error).__name__}: {error}", error)
-            else:
-                for name in kernels.keys() - OPS.keys():
-                    del kernels[name]
-                return kernels
-        raise BackendError(self.describe_failure()) from self.error
-
-    def fail(self, status: Status, cause: str, error: BaseException | None = None) -> None:
-        """Record why the plugin cannot be used."""
-        self.status, self.cause, self.error = status, cause, error
-        hint = self.backend.install_hint if self.backend else ""
-        self.mend = hint or f"pip install --upgrade {self.distribution}"
-
-    def describe_failure(self) -> str:
-        """One sentence with name, version, cause and mend."""
-        return (
-            f"backend {self.name!r} ({self.distribution} {self.version}) is {self.status.value}: {self.cause}. "
-            f"To mend it: {self.mend}. To run without it: set {DENY}={self.name}"
-        )
+__all__ = ["REGISTRY", "WHEELS", "Plugin", "Registry", "Status"]
 
 
 class Registry:
@@ -119,137 +28,250 @@ class Registry:
 
     def __init__(self) -> None:
         self.plugins: list[Plugin] = []
-        self.strict = False
+        self.settings = Settings(allow=None, deny=frozenset(), strict=False)
+        #: Kernels that were registered with torch directly before a described backend claimed their
+        #: device; torch keeps the first: ``(op, device type)``.
+        self.foreign_ops: set[tuple[str, str]] = set()
+        #: Every problem that was reported, in order.
+        self.reports: list[str] = []
         self._libraries: dict[str, torch.library.Library] = {}
-        self._foreign: set[tuple[str, str]] = set()
+        self._entries: dict[tuple[str, str], Entry] = {}
+        self._serving: dict[str, list[Plugin]] = {}
         self._noticed: set[str] = set()
+        self._on_reference: set[str] = set()
         self._lock = threading.RLock()
-        self._generation = 0
+
+    # --- plugins ----------------------------------------------------------------------------------
 
     def add(self, plugin: Plugin) -> None:
         """Take a plugin into the registry and route its devices' ops through it."""
         with self._lock:
             self.plugins.append(plugin)
-            self._generation += 1
-            if plugin.backend is not None:
-                for device in plugin.backend.devices:
-                    self._claim(device)
+            self._admit(plugin)
+
+    def settle(self) -> None:
+        """Load the plugins whose modules were still being imported when the core loaded."""
+        for plugin in self.plugins:
+            if plugin.status is Status.PENDING:
+                plugin.settle()
+                if plugin.status is not Status.PENDING:
+                    with self._lock:
+                        self._admit(plugin)
 
     def for_device(self, device: str) -> list[Plugin]:
-        """Described plugins that claim the device type, best first."""
-        claims = [p for p in self.plugins if p.backend is not None and device in p.backend.devices]
+        """Plugins that claim the device type, those that failed included; best first.
+
+        Upstream-style plugins are not among them: torch calls their kernels directly.
+        """
+        claims = [p for p in self.plugins if p.status in (*FAILED, Status.REGISTERED) and device in p.devices]
         return sorted(claims, key=lambda p: (-p.backend.priority if p.backend else 0, p.name))
+
+    def coverage(self, plugin: Plugin) -> dict[str, str]:
+        """For each op: ``native`` or ``reference`` under this plugin; loads its kernels.
+
+        Raises:
+            BackendError: the plugin is broken or incompatible.
+        """
+        native = {name for name, _device in plugin.direct_ops}
+        if plugin.backend is not None:
+            native |= plugin.kernels().keys()
+        return {name: "native" if name in native else "reference" for name in OPS}
+
+    def entry(self, op: str, device: str) -> Callable[..., Any] | None:
+        """What torch would call for an op on a device type, ``None`` where the reference serves it.
+
+        For callers who know that nothing traces or intercepts the call, this saves torch's
+        dispatch. Arguments are positional, as in the schema.
+        """
+        found = self._entries.get((op, device))
+        return None if found is None else found.call
+
+    def verify(self) -> None:
+        """Probe and load every backend now, so that every problem is reported now.
+
+        Raises:
+            BackendError: in strict mode, on the first problem.
+        """
+        self.settle()
+        for device in list(self._libraries):
+            with self._lock:
+                self._plugins_serving(device, may_raise=False)
+        for plugin in self.plugins:
+            if plugin.status in FAILED:
+                self.report_failure(plugin)
+
+    # --- reports ----------------------------------------------------------------------------------
 
     def warn(self, message: str) -> None:
         """Report a problem with a backend: a warning, or an error in strict mode."""
-        if self.strict:
+        self.reports.append(message)
+        if self.settings.strict:
             raise BackendError(message)
         warnings.warn(message, BackendWarning, stacklevel=3)
 
-    def check_version(self, backend: Backend) -> str | None:
-        """Why the backend does not fit these op contracts, or ``None`` when it does."""
-        lowest, highest = backend.op_api
-        if lowest <= OP_API_VERSION <= highest:
-            return None
-        return (
-            f"it was built for op API {lowest}"
-            + (f" to {highest}" if highest != lowest else "")
-            + f", this core has op API {OP_API_VERSION}"
-        )
+    def report_failure(self, plugin: Plugin) -> None:
+        """Report once that a plugin failed."""
+        self._warn_once(f"failure {plugin.name}", plugin.describe_failure())
 
-    def _claim(self, device: str) -> None:
-        """Install the dispatcher entries of a device type, once."""
-        if device in self._libraries:
-            return
+    def before_reference(self, device: str) -> bool:
+        """Told by the contract of every call for which no backend has claimed the device.
+
+        Returns whether a backend has claimed it now, so that the call has to be dispatched again: a
+        plugin was pending, or an extension has added the device to torch since the core loaded.
+        """
+        if device in self._on_reference:
+            return False
+        self.settle()
+        with self._lock:
+            if device not in self._libraries and self.for_device(device):
+                return self._claim(device)
+            if all(plugin.status is not Status.PENDING for plugin in self.plugins):
+                self._on_reference.add(device)
+                self._note_reference(device)
+        return False
+
+    # --- routing ----------------------------------------------------------------------------------
+
+    def _admit(self, plugin: Plugin) -> None:
+        self._on_reference.clear()
+        self._serving.clear()
+        for entry in self._entries.values():
+            entry.reset()
+        if plugin.status is Status.REGISTERED or plugin.status in FAILED:
+            for device in plugin.devices:
+                self._claim(device)
+        if plugin.status in FAILED:
+            self.report_failure(plugin)
+
+    def _claim(self, device: str) -> bool:
+        """Install the dispatcher entries of a device type; ``False`` when torch does not know it yet."""
         key = dispatch_key(device)
+        if device in self._libraries or key is None:
+            return device in self._libraries
         library = torch.library.Library(NAMESPACE, "IMPL", key)
         self._libraries[device] = library
+        foreign = []
         for op in OPS.values():
             if torch._C._dispatch_has_kernel_for_dispatch_key(op.qualname, key):
-                # An upstream-style plugin registered it with torch already; torch keeps one kernel.
-                self._foreign.add((op.name, device))
+                foreign.append(op.name)
                 continue
-            library.impl(op.name, self._entry(op, device), key)
+            entry = Entry(op, lambda op=op: self._kernels(op, device), self._lock)  # type: ignore[misc]
+            self._entries[op.name, device] = entry
+            library.impl(op.name, entry.call, key)
+        self.foreign_ops |= {(name, device) for name in foreign}
+        self._report_foreign(foreign, device)
+        return True
 
-    def _entry(self, op: Op, device: str) -> Callable[..., Any]:
-        chain: tuple[Kernel, ...] = ()
-        seen = -1
+    def _kernels(self, op: Op, device: str) -> Iterable[Kernel]:
+        self.settle()
+        kernels = [plugin.kernels().get(op.name) for plugin in self._plugins_serving(device)]
+        return [kernel for kernel in kernels if kernel is not None]
 
-        def entry(*args: Any, **kwargs: Any) -> Any:
-            nonlocal chain, seen
-            op.check(*args, **kwargs)
-            if seen != self._generation:
-                chain, seen = self._resolve(op, device), self._generation
-            for kernel in chain:
-                if kernel.accepts is None or kernel.accepts(*args, **kwargs):
-                    return kernel.run(*args, **kwargs)
-            return op.reference(*args, **kwargs)
+    def _plugins_serving(self, device: str, may_raise: bool = True) -> list[Plugin]:
+        """The backends that serve a device type here, loaded, best first.
 
-        return entry
-
-    def _resolve(self, op: Op, device: str) -> tuple[Kernel, ...]:
-        chain: list[Kernel] = []
-        owners: list[Plugin] = []
+        Raises:
+            BackendError: none does, and one that ought to is broken or incompatible.
+        """
+        if device in self._serving:
+            return self._serving[device]
+        serving, declined, blocked = [], [], []
         for plugin in self.for_device(device):
-            if plugin.status is Status.REGISTERED:
-                availability = plugin.availability()
-                if not availability.available:
-                    self._note_unavailable(plugin, device, availability.reason)
-                    continue
-            kernel = plugin.kernels().get(op.name)
-            if kernel is not None:
-                chain.append(kernel)
-                owners.append(plugin)
-        self._report_conflict(op, device, owners)
-        return tuple(chain)
+            if plugin.availability().available and _loads(plugin):
+                serving.append(plugin)
+            elif plugin.blocks():
+                blocked.append(plugin)
+            elif plugin.status is Status.REGISTERED:
+                declined.append(plugin)
+        if not serving:
+            if blocked and may_raise:
+                raise blocked[0].failure()
+            for plugin in declined if not blocked else ():
+                self._note_unavailable(plugin, device)
+        for plugin in blocked:
+            self.report_failure(plugin)
+        self._report_conflicts(serving, device)
+        if serving or not blocked:
+            self._serving[device] = serving
+        return serving
 
-    def _report_conflict(self, op: Op, device: str, owners: list[Plugin]) -> None:
-        priorities = [plugin.backend.priority for plugin in owners if plugin.backend]
-        if len(owners) < 2 or priorities[0] > priorities[1]:
+    def _report_conflicts(self, serving: list[Plugin], device: str) -> None:
+        """Report backends with the same priority that both have kernels for an op on a device."""
+        for first, second in zip(serving, serving[1:], strict=False):
+            shared = sorted(first.kernels().keys() & second.kernels().keys())
+            if shared and first.backend and second.backend and first.backend.priority == second.backend.priority:
+                self._warn_once(
+                    f"conflict {device} {first.name} {second.name}",
+                    f"backends {first.name!r} and {second.name!r} both serve {_listed(shared)} on device {device!r} "
+                    f"with the same priority; {first.name!r} is used. Set {DENY}={second.name} or "
+                    f"{DENY}={first.name} to say which one you want",
+                )
+
+    def _report_foreign(self, ops: list[str], device: str) -> None:
+        claimed = [plugin.name for plugin in self.for_device(device) if plugin.status is Status.REGISTERED]
+        if not ops or not claimed:
             return
-        names = " and ".join(repr(plugin.name) for plugin in owners[:2])
-        self._notice_once(
-            f"conflict {device} {owners[0].name} {owners[1].name}",
-            f"backends {names} claim {op.name} on device {device!r} with the same priority; "
-            f"{owners[0].name!r} is used. Set {DENY}={owners[1].name} to say which one you want",
+        owners = [p.name for p in self.plugins if any((op, device) in p.direct_ops for op in ops)]
+        owner = f"backend {owners[0]!r}" if owners else "code outside any backend plugin"
+        mend = f"set {DENY}={owners[0]} or {DENY}={claimed[0]}" if owners else f"set {DENY}={claimed[0]}"
+        self._warn_once(
+            f"foreign {device}",
+            f"{owner} has registered kernels for {_listed(ops)} on device {device!r} with torch directly; those of "
+            f"backend {claimed[0]!r} are not used for them. To say which one you want, {mend}",
         )
 
-    def _note_unavailable(self, plugin: Plugin, device: str, reason: str) -> None:
-        self._notice_once(
-            f"unavailable {plugin.name}",
+    def _note_unavailable(self, plugin: Plugin, device: str) -> None:
+        self._warn_once(
+            f"unavailable {plugin.name} {device}",
             f"backend {plugin.name!r} ({plugin.distribution} {plugin.version}) does not serve device {device!r} "
-            f"here: {reason}. The slower PyTorch reference is used",
+            f"here: {plugin.availability().reason.rstrip('. ')}. The slower PyTorch reference is used",
         )
 
-    def note_reference(self, device: str) -> None:
-        """Say once that a device has no backend and how to get one."""
-        if device in self._noticed or device == "meta":
+    def _note_reference(self, device: str) -> None:
+        """Say once that a device has no backend and how to get one.
+
+        Whoever named the backends to load, or switched off the one for this device, asked for the
+        reference and is not told.
+        """
+        switched_off = any(device in devices_by_name(name) for name in self.settings.deny)
+        if device == "meta" or self.settings.allow is not None or switched_off:
             return
-        wheel = WHEELS.get(device)
-        hint = f"pip install '{wheel}'" if wheel else "install a backend plugin for this device"
-        self._noticed.add(device)
-        warnings.warn(
-            f"no bitsandbytes backend for device {device!r} is installed; the slower PyTorch reference is used. "
-            f"For native kernels: {hint}",
-            BackendWarning,
-            stacklevel=4,
-        )
+        direct = [p for p in self.plugins if p.status is Status.CALLED and device in p.devices]
+        if direct:
+            message = (
+                f"backend {direct[0].name!r} has kernels for {len(direct[0].direct_ops)} of {len(OPS)} ops on device "
+                f"{device!r}; the slower PyTorch reference serves the others"
+            )
+        else:
+            wheel = WHEELS.get(device)
+            hint = f"pip install {wheel!r}" if wheel else "install a backend plugin for this device"
+            message = (
+                f"no bitsandbytes backend for device {device!r} is installed; the slower PyTorch reference is used. "
+                f"For native kernels: {hint}"
+            )
+        if f"reference {device}" not in self._noticed:
+            self._noticed.add(f"reference {device}")
+            warnings.warn(message, BackendWarning, stacklevel=5)
 
-    def _notice_once(self, key: str, message: str) -> None:
+    def _warn_once(self, key: str, message: str) -> None:
         if key not in self._noticed:
-            self._noticed.add(key)
+            # In strict mode it is raised each time that it is met.
+            if not self.settings.strict:
+                self._noticed.add(key)
             self.warn(message)
 
-    def coverage(self, plugin: Plugin) -> dict[str, str]:
-        """For each op: ``native`` or ``reference`` under this plugin."""
-        direct = {name for name, _key in plugin.direct_ops}
-        native = direct if plugin.backend is None else set(plugin.kernels())
-        return {name: "native" if name in native else "reference" for name in OPS}
+
+def _loads(plugin: Plugin) -> bool:
+    try:
+        plugin.kernels()
+    except BackendError:
+        return False
+    return True
 
 
-def dispatch_key(device: str) -> str:
-    """Name of torch's dispatch key for a device type."""
-    return str(torch._C._dispatch_key_for_device(device))
+def _listed(names: list[str], limit: int = 3) -> str:
+    shown = ", ".join(names[:limit])
+    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more ops"
 
 
 #: The registry of this process.

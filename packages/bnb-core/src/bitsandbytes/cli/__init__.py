@@ -1,0 +1,5 @@
+"""The command line: ``bnb``."""
+
+from bitsandbytes.cli.main import main
+
+__all__ = ["main"]

@@ -272,6 +272,14 @@ def check_embedding_4bit(
     check_same_device(op, indices=indices, B=B, absmax=absmax, absmax_8bit=absmax_8bit)
 
 
+def outside_of_table(indices: torch.Tensor, table_rows: int) -> IndexError:
+    """The error for indices that are not all rows of the table."""
+    return IndexError(
+        f"bitsandbytes::embedding_4bit: indices range from {int(indices.min())} to {int(indices.max())}, "
+        f"the table has {table_rows} rows"
+    )
+
+
 def outputs_embedding_4bit(
     indices: torch.Tensor,
     B: torch.Tensor,
@@ -323,10 +331,7 @@ def embedding_4bit(
     table_rows, width = shapeB
     rows = indices.reshape(-1).long()
     if rows.device.type == "cpu" and rows.numel() and not 0 <= int(rows.min()) <= int(rows.max()) < table_rows:
-        raise IndexError(
-            f"bitsandbytes::embedding_4bit: indices range from {int(rows.min())} to {int(rows.max())}, "
-            f"the table has {table_rows} rows"
-        )
+        raise outside_of_table(rows, table_rows)
     expanded = expand_absmax(absmax, absmax_8bit, absmax_code, absmax_offset)
     data = B.contiguous().view(torch.uint8).reshape(-1)
     element = rows.unsqueeze(1) * width + torch.arange(width, device=rows.device)

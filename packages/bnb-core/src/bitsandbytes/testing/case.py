@@ -29,6 +29,9 @@ class Case:
     tolerance: float | None = None
     #: Float64 truth of the first result; the reference where not given.
     truth: Callable[..., torch.Tensor] | None = None
+    #: Judges an op that works in place: called with the arguments as they were before the call and as
+    #: they are after it, both on the CPU. Replaces the comparison of results.
+    judge: Callable[[Arguments, Arguments], None] | None = None
 
     def arguments(self) -> Arguments:
         """The arguments, the same at each call."""

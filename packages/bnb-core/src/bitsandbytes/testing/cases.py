@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 
-from bitsandbytes.testing import matmul_cases, quant_cases
+from bitsandbytes.testing import matmul_cases, optim_cases, quant_cases
 from bitsandbytes.testing.case import Case
 
 
@@ -18,5 +18,7 @@ def all_cases() -> list[Case]:
             quant_cases.int8_quant_cases(),
             matmul_cases.fourbit_matmul_cases(),
             matmul_cases.int8_matmul_cases(),
+            optim_cases.update_cases(),
+            optim_cases.step_cases(),
         )
     )

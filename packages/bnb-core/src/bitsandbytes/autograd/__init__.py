@@ -1,0 +1,1 @@
+"""Differentiable products with quantized weights."""

@@ -1,0 +1,53 @@
+"""What is known about an installed plugin, as data."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bitsandbytes.backends.plugin import FAILED, Plugin, Status
+from bitsandbytes.backends.registry import REGISTRY, Registry
+from bitsandbytes.contract import OP_API_VERSION
+from bitsandbytes.errors import BackendError
+
+
+def describe_plugins(registry: Registry = REGISTRY) -> list[dict[str, Any]]:
+    """Every installed plugin, in order of its name; available backends are loaded for it."""
+    registry.settle()
+    return [describe_plugin(plugin, registry) for plugin in sorted(registry.plugins, key=lambda plugin: plugin.name)]
+
+
+def describe_plugin(plugin: Plugin, registry: Registry = REGISTRY) -> dict[str, Any]:
+    """One plugin; ``ops`` is ``None`` where its kernels cannot be loaded here."""
+    ops = _coverage(plugin, registry)
+    availability = plugin.availability()
+    return {
+        "name": plugin.name,
+        "distribution": plugin.distribution,
+        "version": plugin.version,
+        "target": plugin.target,
+        "style": "callable" if plugin.status is Status.CALLED else "description" if plugin.backend else "unknown",
+        "devices": list(plugin.devices),
+        "status": plugin.status.value,
+        "available": availability.available,
+        "reason": plugin.cause or availability.reason,
+        "mend": plugin.mend,
+        "op_api": list(plugin.backend.op_api) if plugin.backend else None,
+        "core_op_api": OP_API_VERSION,
+        "priority": plugin.backend.priority if plugin.backend else None,
+        "ops": ops,
+        "unknown_ops": list(plugin.unknown_ops),
+    }
+
+
+def is_failed(description: dict[str, Any]) -> bool:
+    """Whether a described plugin is broken or incompatible."""
+    return description["status"] in {status.value for status in FAILED}
+
+
+def _coverage(plugin: Plugin, registry: Registry) -> dict[str, str] | None:
+    if not plugin.availability().available:
+        return None
+    try:
+        return registry.coverage(plugin)
+    except BackendError:
+        return None

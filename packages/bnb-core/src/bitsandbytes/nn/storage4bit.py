@@ -1,0 +1,144 @@
+"""Saving, loading and moving of layers whose weight is 4-bit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from bitsandbytes.errors import CheckpointError
+from bitsandbytes.nn.params4bit import Params4bit
+from bitsandbytes.state import QuantState
+
+#: Keys of a quant state in a state dict, below the name of the weight.
+_STATE_KEYS = frozenset({"absmax", "quant_map", "nested_absmax", "nested_quant_map"})
+
+
+def fix_4bit_weight_quant_state_from_module(module: Any) -> None:
+    """Restore the state of a weight that a sharding library replaced by one without it.
+
+    FSDP recreates parameters around its flat buffer; the layer keeps a second reference to the state
+    for that case.
+    """
+    weight = module.weight
+    if getattr(weight, "quant_state", None) is not None or getattr(module, "quant_state", None) is None:
+        return
+    if not isinstance(weight, Params4bit):
+        weight = Params4bit(weight.data, quant_storage=weight.dtype, module=module, bnb_quantized=True)
+        module.weight = weight
+    weight.quant_state = module.quant_state
+
+
+class Storage4bit(torch.nn.Module):
+    """Mixin for a module with a :class:`Params4bit` called ``weight``."""
+
+    weight: Any
+    quant_state: QuantState | None
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)
+        weight = self._parameters.get("weight")
+        state = getattr(weight, "quant_state", None)
+        # torch moves the data under a parameter that stays; its state has to follow.
+        if state is not None and weight.device.type != "meta" and state.absmax.device != weight.device:
+            state.to(weight.device)
+        return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        fix_4bit_weight_quant_state_from_module(self)
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        state = getattr(self.weight, "quant_state", None)
+        if state is not None:
+            for key, value in state.as_dict(packed=True).items():
+                destination[f"{prefix}weight.{key}"] = value if keep_vars else value.detach()
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        name = f"{prefix}weight"
+        statistics = {key: value for key, value in state_dict.items() if _is_statistic(key, name)}
+        incoming = state_dict.get(name)
+        if statistics and incoming is not None:
+            try:
+                replacement = self._prequantized(incoming, statistics, local_metadata)
+            except CheckpointError as error:
+                error_msgs.append(f"While reading the 4-bit weight {name!r}: {error}")
+            else:
+                self.weight = replacement
+            super()._load_from_state_dict(
+                {key: value for key, value in state_dict.items() if key != name and key not in statistics},
+                prefix,
+                local_metadata,
+                strict,
+                missing_keys,
+                unexpected_keys,
+                error_msgs,
+            )
+            missing_keys[:] = [key for key in missing_keys if key != name]
+            return
+        if incoming is not None and self._needs_quantizing(incoming):
+            settings = {key: self.weight.__dict__[key] for key in ("blocksize", "compress_statistics", "quant_type")}
+            self.weight = Params4bit(
+                incoming.detach().clone(), quant_storage=self.weight.quant_storage, module=self, **settings
+            ).to(self.weight.device)
+            state_dict = {**state_dict, name: self.weight.data}
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        self._keep_parameter_class()
+
+    def _prequantized(self, packed: torch.Tensor, statistics: dict[str, Any], local_metadata: Any) -> Params4bit:
+        assign = local_metadata.get("assign_to_params_buffers", False)
+        device = packed.device if assign or self.weight.device.type == "meta" else self.weight.device
+        parameter = Params4bit.from_prequantized(packed, statistics, device=device, module=self)
+        shape = self._weight_shape()
+        if parameter.quant_state.shape is not None and tuple(parameter.quant_state.shape) != shape:
+            raise CheckpointError(
+                f"it has shape {tuple(parameter.quant_state.shape)}, the weight of this layer has shape {shape}"
+            )
+        if not assign and parameter.data_ptr() == packed.data_ptr():
+            parameter.data = packed.detach().clone()
+        return parameter
+
+    def _weight_shape(self) -> tuple[int, int]:
+        raise NotImplementedError
+
+    def _needs_quantizing(self, incoming: torch.Tensor) -> bool:
+        """Whether an unquantized weight comes in for a quantized one."""
+        weight = self.weight
+        return (
+            isinstance(weight, Params4bit)
+            and weight.bnb_quantized
+            and incoming.is_floating_point()
+            and tuple(incoming.shape) == self._weight_shape()
+            and tuple(weight.shape) != self._weight_shape()
+        )
+
+    def _keep_parameter_class(self) -> None:
+        """Undo that ``load_state_dict(assign=True)`` puts a plain parameter in place."""
+        weight = self.weight
+        if not isinstance(weight, Params4bit):
+            state = self.quant_state
+            self.weight = Params4bit(
+                weight.data,
+                quant_state=state,
+                quant_type=self._default_quant_type,
+                bnb_quantized=state is not None,
+                module=self,
+            )
+
+    _default_quant_type = "fp4"
+
+
+def _is_statistic(key: str, name: str) -> bool:
+    if not key.startswith(f"{name}."):
+        return False
+    rest = key[len(name) + 1 :]
+    return rest in _STATE_KEYS or rest.startswith("quant_state.")

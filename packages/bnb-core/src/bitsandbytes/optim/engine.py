@@ -1,0 +1,194 @@
+"""From parameters to op calls: one call for all parameters that can share it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from bitsandbytes import paging
+from bitsandbytes.contract import OPS
+from bitsandbytes.ops.common import FLOAT_DTYPES
+from bitsandbytes.ops.optim_rules import RULES
+from bitsandbytes.optim.schedules import alpha_at, alpha_on_device, beta3_at, beta3_on_device
+
+State = dict[str, Any]
+
+#: Bytes of paged state that one op call works on while the next portion is on its way.
+PAGED_PORTION = 256 * 2**20
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """The part of a sharded tensor (DTensor) that is on this process; other tensors as they are."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+@dataclass(eq=False)
+class Batch:
+    """Parameters of one group that share device, dtype, kind of state and settings."""
+
+    rule: str
+    group: dict[str, Any]
+    #: Settings of the optimizer and of these parameters, which win over those of the group.
+    overrides: Mapping[str, Any]
+    device: torch.device
+    dtype: torch.dtype
+    params: list[torch.Tensor] = field(default_factory=list)
+    states: list[State] = field(default_factory=list)
+    #: Position of each parameter in the optimizer; part of the seed of stochastic rounding.
+    positions: list[int] = field(default_factory=list)
+    #: Whether the parameters are DTensors, of which this process has a part.
+    sharded: bool = False
+    #: Step numbers on the device, where the step must not be read by the host.
+    counter: torch.Tensor | None = None
+
+    def setting(self, key: str, default: Any = None) -> Any:
+        """A setting of these parameters."""
+        return self.overrides[key] if key in self.overrides else self.group.get(key, default)
+
+    def gradients(self) -> list[torch.Tensor] | None:
+        """Gradients by parameter, ``None`` when one is missing or a parameter has changed its place."""
+        gradients = [parameter.grad for parameter in self.params]
+        dtype, device = self.dtype, self.device
+        for gradient, parameter in zip(gradients, self.params, strict=True):
+            if gradient is None or parameter.dtype is not dtype or parameter.device != device:
+                return None
+        return gradients
+
+    def run(self, gradients: list[torch.Tensor]) -> None:
+        """Make one step of all parameters."""
+        self.count_step()
+        if any(getattr(state.get("state1"), "is_paged", False) for state in self.states):
+            self._run_in_portions(gradients)
+        else:
+            self._call(gradients, range(len(self.params)))
+
+    def count_step(self) -> None:
+        """Count the step that is about to be made."""
+        if self._on_device():
+            if self.counter is None:
+                dtype = torch.float32 if self.device.type == "mps" else torch.float64
+                steps = [float(state["step"]) for state in self.states]
+                self.counter = torch.tensor(steps, dtype=dtype, device=self.device)
+                for index, state in enumerate(self.states):
+                    state["step"] = self.counter[index]
+            self.counter += 1
+            return
+        self.counter = None
+        for state in self.states:
+            state["step"] = int(state["step"]) + 1
+
+    def _on_device(self) -> bool:
+        lr = self.setting("lr")
+        return bool(self.setting("capturable", False)) or (isinstance(lr, torch.Tensor) and lr.device.type != "cpu")
+
+    def _run_in_portions(self, gradients: list[torch.Tensor]) -> None:
+        """One call per portion of paged state; each portion is fetched while the one before is worked on."""
+        portions = list(self._portions())
+        self._prefetch(portions[0])
+        for number, portion in enumerate(portions):
+            if number + 1 < len(portions):
+                self._prefetch(portions[number + 1])
+            self._call(gradients, portion)
+
+    def _portions(self) -> Iterator[range]:
+        start, size = 0, 0
+        for index, state in enumerate(self.states):
+            size += sum(state[key].nbytes for key in ("state1", "state2") if key in state)
+            if size >= PAGED_PORTION or index + 1 == len(self.states):
+                yield range(start, index + 1)
+                start, size = index + 1, 0
+
+    def _prefetch(self, portion: range) -> None:
+        for index in portion:
+            for key in ("state1", "state2"):
+                if key in self.states[index]:
+                    paging.prefetch(self.states[index][key])
+
+    def _call(self, gradients: list[torch.Tensor], portion: range) -> None:
+        params, grads, copies = [], [], []
+        for index in portion:
+            parameter, gradient = self.params[index], gradients[index]
+            if self.sharded:
+                parameter, gradient = local(parameter.detach()), local(gradient)
+            if not parameter.is_contiguous():
+                copy = parameter.contiguous()
+                copies.append((parameter, copy))
+                parameter = copy
+            params.append(parameter)
+            grads.append(self._plain(gradient))
+        states = self.states if len(portion) == len(self.states) else [self.states[i] for i in portion]
+        eight, two = states[0]["state1"].dtype == torch.uint8, RULES[self.rule].states == 2
+        op = OPS["optimizer_step_8bit" if eight else "optimizer_step_32bit"]
+        # The ops take the usual dtypes; float64 parameters, a rarity, are served by the reference.
+        call = op.overload if self.dtype in FLOAT_DTYPES else op.reference
+        call(self.rule, grads, params, *_stored(states, eight, two), *self._hyperparameters(states, portion))
+        for parameter, copy in copies:
+            parameter.copy_(copy)
+
+    def _plain(self, gradient: torch.Tensor) -> torch.Tensor:
+        """The gradient dense, contiguous and in the parameter's dtype."""
+        if gradient.layout is not torch.strided:
+            gradient = gradient.to_dense()
+        if gradient.dtype is not self.dtype:
+            gradient = gradient.to(self.dtype)
+        return gradient if gradient.is_contiguous() else gradient.contiguous()
+
+    def _hyperparameters(self, states: list[State], portion: range) -> tuple[Any, ...]:
+        """Arguments of the op from ``step`` on."""
+        betas = self.setting("betas", (0.0, 0.0))
+        beta1, beta2 = betas[0], betas[1] if len(betas) > 1 else 0.0
+        beta3, alpha = betas[2] if len(betas) > 2 else 0.0, self.setting("alpha", 0.0)
+        t_alpha, t_beta3, lr = self.setting("t_alpha"), self.setting("t_beta3"), self.setting("lr")
+        steps: list[int] = []
+        schedule = None
+        if self.counter is not None:
+            now = self.counter[portion.start : portion.stop]
+            rates = torch.as_tensor(lr, dtype=now.dtype, device=now.device).expand_as(now)
+            beta3s, alphas = beta3_on_device(now, beta1, beta3, t_beta3), alpha_on_device(now, alpha, t_alpha)
+            schedule, lr = torch.stack((rates, now, beta3s, alphas), dim=1), 0.0
+        else:
+            steps = [state["step"] for state in states]
+            if t_alpha is not None or t_beta3 is not None:
+                # One step number serves all: a plan never mixes numbers under a schedule.
+                alpha = alpha_at(steps[0], alpha, t_alpha)
+                beta3 = beta3_at(steps[0], beta1, beta3, t_beta3)
+        return (
+            steps,
+            float(lr),
+            float(beta1),
+            float(beta2),
+            float(beta3),
+            float(alpha),
+            float(self.setting("eps", 0.0)),
+            float(self.setting("weight_decay", 0.0)),
+            float(self.setting("gnorm_scale", 1.0)),
+            float(self.setting("max_unorm", 0.0)),
+            bool(self.setting("skip_zeros", False)),
+            self._seeds(portion),
+            schedule,
+        )
+
+    def _seeds(self, portion: range) -> list[int]:
+        if self.dtype is not torch.bfloat16 or not self.setting("stochastic_rounding", False):
+            return []
+        seed = int(self.setting("rounding_seed", 0))
+        return [seed + self.positions[index] for index in portion]
+
+
+def _stored(states: list[State], eight: bool, two: bool) -> tuple[Any, ...]:
+    """The states as the op takes them, from ``state1`` on."""
+    first = [state["state1"] for state in states]
+    second = [state["state2"] for state in states] if two else []
+    if not eight:
+        return first, second
+    return (
+        first,
+        second,
+        states[0]["qmap1"],
+        states[0]["qmap2"] if two else None,
+        [state["absmax1"] for state in states],
+        [state["absmax2"] for state in states] if two else [],
+    )
