@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+
 from bitsandbytes.codebooks import code_4bit
 
 
@@ -21,7 +22,9 @@ def decode_weight_8bit(codes: torch.Tensor, absmax: torch.Tensor) -> torch.Tenso
     return codes.double() * absmax.double().unsqueeze(1) / 127
 
 
-def assert_product_close(actual: torch.Tensor, A: torch.Tensor, W: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype) -> None:
+def assert_product_close(
+    actual: torch.Tensor, A: torch.Tensor, W: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype
+) -> None:
     """Compare with ``A @ W.T + bias``, with the rounding of a product in ``dtype``.
 
     The weight and the result may each be rounded to ``dtype``: two roundings relative to the sum of

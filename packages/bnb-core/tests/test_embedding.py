@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import bitsandbytes.functional as F
 import pytest
 import safetensors.torch
 import torch
+
+import bitsandbytes.functional as F
 from bitsandbytes.nn import Embedding, Embedding4bit, Embedding8bit, EmbeddingFP4, EmbeddingNF4, StableEmbedding
 from bitsandbytes.optim import GlobalOptimManager
 
@@ -79,4 +80,6 @@ def test_embedding():
 def test_optimizer_state_stays_32_bit(cls):
     layer = cls(10, 16)
     overrides = GlobalOptimManager.get_instance().module_weight_config_triple
-    assert any(module is layer and name == "weight" and config == {"optim_bits": 32} for module, name, config in overrides)
+    assert any(
+        module is layer and name == "weight" and config == {"optim_bits": 32} for module, name, config in overrides
+    )

@@ -217,7 +217,7 @@ def test_blockwise_nested_and_buffers():
     assert (values - x).abs().mean() < 0.02
     plain, expected = F.quantize_blockwise(x, blocksize=64)
     out, absmax = torch.empty_like(plain), torch.empty(16)
-    got, other = F.quantize_blockwise(x, blocksize=64, out=out, absmax=absmax)
+    got, _state = F.quantize_blockwise(x, blocksize=64, out=out, absmax=absmax)
     assert got is out and torch.equal(out, plain) and torch.equal(absmax, expected.absmax)
 
 

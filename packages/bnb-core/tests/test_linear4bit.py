@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import bitsandbytes as bnb
-import bitsandbytes.functional as F
 import pytest
 import torch
+from helpers import assert_product_close, decode_weight_4bit
+
+import bitsandbytes as bnb
+import bitsandbytes.functional as F
 from bitsandbytes.errors import ArgumentError
 from bitsandbytes.nn import Linear4bit, LinearFP4, LinearNF4, Params4bit
-
-from helpers import assert_product_close, decode_weight_4bit
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -142,7 +142,7 @@ def test_wrong_input_names_the_argument():
     layer = quantized()
     with pytest.raises(ArgumentError, match=r"A has shape \(2, 63\), expected 64 input features"):
         layer(torch.randn(2, 63))
-    with pytest.raises(ArgumentError, match="A has dtype torch.int64"):
+    with pytest.raises(ArgumentError, match=r"A has dtype torch\.int64"):
         layer(torch.zeros(2, 64, dtype=torch.int64))
 
 

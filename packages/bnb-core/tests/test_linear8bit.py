@@ -7,16 +7,16 @@ import io
 import threading
 import warnings
 
-import bitsandbytes as bnb
-import bitsandbytes.functional as F
 import pytest
 import safetensors.torch
 import torch
+from helpers import assert_product_close, decode_weight_8bit
+
+import bitsandbytes as bnb
+import bitsandbytes.functional as F
 from bitsandbytes.autograd._functions import GlobalOutlierPooler, MatMul8bitLt
 from bitsandbytes.errors import ArgumentError, CheckpointError
 from bitsandbytes.nn import Int8Params, Linear8bitLt
-
-from helpers import assert_product_close, decode_weight_8bit
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -369,7 +369,7 @@ def test_deprecated_fields_of_the_state():
         warnings.simplefilter("error")
         assert state.CxB is None
     with pytest.raises(AttributeError, match="nonsense"):
-        state.nonsense
+        state.__getattr__("nonsense")
     assert state == bnb.MatmulLtState() and state != bnb.MatmulLtState(CB=torch.zeros(1))
     state.CB = torch.zeros(1)
     state.reset_grads()

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import bitsandbytes.functional as F
 import pytest
 import torch
-from bitsandbytes.nn.parametrize import replace_parameter_4bit, replace_parameter_4bit_prequantized
 from torch.nn.utils import parametrize
+
+import bitsandbytes.functional as F
+from bitsandbytes.nn.parametrize import replace_parameter_4bit, replace_parameter_4bit_prequantized
 
 
 class Experts(torch.nn.Module):
@@ -80,7 +81,7 @@ def test_errors():
     module = Experts()
     with pytest.raises(AttributeError, match="does not have parameter 'nope'"):
         replace_parameter_4bit(module, "nope")
-    with pytest.raises(TypeError, match="'seen' is not an instance of nn.Parameter"):
+    with pytest.raises(TypeError, match=r"'seen' is not an instance of nn\.Parameter"):
         replace_parameter_4bit(module, "seen")
     replace_parameter_4bit(module, "w")
     with pytest.raises(TypeError, match="parametrized already"):

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import copy
 import io
+import operator
 import pickle
 
-import bitsandbytes.functional as F
 import pytest
 import safetensors.torch
 import torch
+from helpers import decode_weight_4bit
+
+import bitsandbytes.functional as F
 from bitsandbytes.errors import CheckpointError
 from bitsandbytes.nn import Linear4bit, Params4bit
-
-from helpers import decode_weight_4bit
 
 FLAGS = ("bnb_quantized", "quant_type", "blocksize", "quant_storage", "compress_statistics")
 
@@ -87,9 +88,9 @@ def test_attributes_resolve_like_state_dict_keys():
             target = getattr(target, part)
         assert torch.equal(target, value), key
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
-        layer.weight.nonsense
+        operator.attrgetter("nonsense")(layer.weight)
     with pytest.raises(AttributeError):
-        layer.weight.quant_state.bitsandbytes__nf4
+        operator.attrgetter("bitsandbytes__nf4")(layer.weight.quant_state)
     plain = Linear4bit(64, 64, compress_statistics=False).to("cpu")
     assert hasattr(plain.weight, "absmax") and not hasattr(plain.weight, "nested_absmax")
 
@@ -175,7 +176,7 @@ def test_loading_into_a_model_with_other_layers():
     x = torch.randn(2, 16)
     assert torch.equal(model(x), other(x))
     extra = {**model.state_dict(), "0.weight.nonsense": torch.zeros(1)}
-    with pytest.raises(RuntimeError, match="0.weight.nonsense"):
+    with pytest.raises(RuntimeError, match=r"0\.weight\.nonsense"):
         other.load_state_dict(extra)
 
 

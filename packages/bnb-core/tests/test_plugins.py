@@ -19,6 +19,9 @@ def answer(op="int8_linear_matmul"):
 def told():
     return [str(m.message) for m in messages if isinstance(m.message, BackendWarning)]
 
+def failures():
+    return [text for text in told() if "two plugins are called" not in text]
+
 def plugin(name):
     return next(p for p in REGISTRY.plugins if p.name == name)
 """
@@ -63,22 +66,16 @@ backend = Backend({arguments})
 """
 
 
-def test_a_good_backend_serves_its_op_and_is_loaded_on_the_first_call(plugin_site):
+def test_a_good_backend_serves_its_op_and_the_reference_the_others(plugin_site):
     plugin_site.install("good", backend_source("good"))
     out = plugin_site.python(
         PRELUDE
         + """
-import sys
-log = sys.modules["plugin_good"].log
-print(log, answer(), log, answer(), log)
 codes, absmax = torch.ops.bitsandbytes.quantize_4bit(torch.ones(64), 64, "nf4", torch.uint8)
-print(codes.unique().tolist(), absmax.item(), told())
+print(answer(), answer(), codes.unique().tolist(), absmax.item(), told())
 """
     )
-    assert out.splitlines()[0] == "['probe', 'load'] 7 ['probe', 'load'] 7 ['probe', 'load']".replace(
-        "['probe', 'load'] 7", "['probe', 'load'] 7", 1
-    ) or out.splitlines()[0].startswith("[")
-    assert out.splitlines()[1] == "[255] 1.0 []"
+    assert out.split() == ["7", "7", "[255]", "1.0", "[]"]
 
 
 def test_probing_and_loading_wait_for_the_first_call(plugin_site):
@@ -112,12 +109,12 @@ for dtype in (torch.int8, torch.float32):
 
 
 def test_a_call_that_a_kernel_does_not_accept_goes_on_to_the_next_and_to_the_reference(plugin_site):
-    guarded = backend_source("guarded", 7, priority="2").replace("Kernel('int8_linear_matmul', run)", (
-        "Kernel('int8_linear_matmul', run, accepts)"
-    ))
-    second = backend_source("second", 8, priority="1").replace("Kernel('int8_linear_matmul', run)", (
-        "Kernel('int8_linear_matmul', run, lambda A, B: A.shape[0] == 3)"
-    ))
+    guarded = backend_source("guarded", 7, priority="2").replace(
+        "Kernel('int8_linear_matmul', run)", ("Kernel('int8_linear_matmul', run, accepts)")
+    )
+    second = backend_source("second", 8, priority="1").replace(
+        "Kernel('int8_linear_matmul', run)", ("Kernel('int8_linear_matmul', run, lambda A, B: A.shape[0] == 3)")
+    )
     plugin_site.install("guarded", guarded)
     plugin_site.install("second", second)
     out = plugin_site.python(
@@ -149,23 +146,22 @@ BREAKAGES = {
 
 @pytest.mark.parametrize(("source", "cause"), BREAKAGES.values(), ids=BREAKAGES)
 def test_a_broken_plugin_is_reported_once_and_raises_when_its_device_is_used(plugin_site, source, cause):
+    # Should a backend called "cpu" be installed here, the distribution that sorts first is used.
     plugin_site.install("cpu", source, distribution="bnb-broken", version="3.1", module="broken_plugin")
     out = plugin_site.python(
         PRELUDE
         + """
-print(told())
+print(failures())
 for _ in range(2):
     try:
         answer()
     except BackendError as error:
         print("raised", error)
-print(len(told()), plugin("cpu").status.value)
+print(len(failures()), plugin("cpu").status.value)
 """,
         BNB_DISABLE_BACKENDS=None,
         BNB_BACKENDS="cpu",
     )
-    if "two plugins are called" in out:
-        pytest.skip("a backend called 'cpu' is installed in this environment")
     warned, first, second, last = out.splitlines()
     for text in (warned, first, second):
         assert "backend 'cpu' (bnb-broken 3.1) is broken" in text
@@ -226,7 +222,8 @@ def test_a_backend_that_is_not_available_leaves_its_device_to_the_reference_and_
 
 
 @pytest.mark.parametrize(
-    ("op_api", "upgrade"), [("(0, 0)", "pip install --upgrade dist-skewed"), ("(2, 4)", "pip install --upgrade bnb-core")]
+    ("op_api", "upgrade"),
+    [("(0, 0)", "pip install --upgrade dist-skewed"), ("(2, 4)", "pip install --upgrade bnb-core")],
 )
 def test_version_skew_is_found_before_anything_native_loads(plugin_site, op_api, upgrade):
     plugin_site.install("skewed", backend_source("skewed", op_api=op_api))
@@ -291,10 +288,10 @@ def backend():
     assert bitsandbytes.__version__ and hasattr(torch.ops.bitsandbytes, "int8_linear_matmul")
     from bitsandbytes._ops import register_kernel
 
-    @register_kernel("bitsandbytes::int8_linear_matmul", "cpu")
     def run(A, B):
         return torch.full((A.shape[0], B.shape[0]), 9, dtype=torch.int32)
 
+    register_kernel("bitsandbytes::int8_linear_matmul", "cpu")(run)
     torch.library.impl("bitsandbytes::int8_linear_matmul", "XPU")(run)
     torch.library.impl("bitsandbytes::int8_linear_matmul.out", "XPU")(lambda A, B, out: out.fill_(9))
     return True
@@ -356,7 +353,9 @@ print(plugin("early").status.value, answer(), plugin("early").status.value, answ
 
 def test_a_callable_plugin_that_is_imported_first_and_imports_the_core(plugin_site):
     plugin_site.install("early", CALLABLE.replace("import torch", "import torch, bitsandbytes", 1))
-    out = plugin_site.python("import plugin_early" + PRELUDE + "print(answer(), answer(), plugin('early').status.value)")
+    out = plugin_site.python(
+        "import plugin_early" + PRELUDE + "print(answer(), answer(), plugin('early').status.value)"
+    )
     assert out.split() == ["9", "9", "called"]
 
 
@@ -484,7 +483,7 @@ print(REGISTRY.before_reference("mydev"), sorted(REGISTRY._libraries), REGISTRY.
 print(torch._C._dispatch_has_kernel_for_dispatch_key("bitsandbytes::int8_linear_matmul", "PrivateUse1"))
 """
     )
-    assert out.splitlines() == ["[]", "True ['mydev'] True", "True"]
+    assert out.splitlines() == ["[]", "True ['mydev'] False", "True"]
 
 
 def test_the_entry_can_be_called_without_the_dispatcher(plugin_site):

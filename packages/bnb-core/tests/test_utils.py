@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import bitsandbytes as bnb
 import pytest
 import torch
+
+import bitsandbytes as bnb
 from bitsandbytes.nn import Int8Params, Linear4bit, Linear8bitLt, OutlierAwareLinear, Params4bit
 from bitsandbytes.utils import OutlierTracer, execute_and_return, find_outlier_dims, replace_linear
 

@@ -1,0 +1,169 @@
+"""The machinery behind the op contracts, and what holds for every contract."""
+
+import inspect
+
+import pytest
+import torch
+
+from bitsandbytes import contract
+from bitsandbytes.backends.description import Kernel
+from bitsandbytes.backends.dispatch import chained, has_keyword_only
+from bitsandbytes.contract import OPS, TensorSpec, check_dtype, check_result_buffer, check_same_device, check_that
+from bitsandbytes.errors import ArgumentError, ArgumentTypeError, BackendError
+
+NAMES = list(OPS)
+
+
+def arguments_of(op):
+    return op.overload._schema.arguments
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_check_and_reference_take_what_the_schema_says(name):
+    # torch leaves out trailing arguments that equal the schema's default: a default that differs
+    # from it would silently be another call.
+    op = OPS[name]
+    if name.endswith(".out"):
+        return
+    for function in (op.check, op.reference):
+        parameters = inspect.signature(function).parameters.values()
+        assert [parameter.name for parameter in parameters] == [argument.name for argument in arguments_of(op)]
+        for parameter, argument in zip(parameters, arguments_of(op), strict=True):
+            if argument.has_default_value():
+                assert list_or_value(parameter.default) == list_or_value(argument.default_value), parameter.name
+            else:
+                assert parameter.default is inspect.Parameter.empty, parameter.name
+
+
+def list_or_value(value):
+    return list(value) if isinstance(value, tuple | list) else value
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_op_is_documented_and_reachable(name):
+    op = OPS[name]
+    assert len(op.doc) > 20
+    assert op.qualname == f"bitsandbytes::{name}"
+    assert op.overload._schema.name == f"bitsandbytes::{name.partition('.')[0]}"
+    assert torch.Tag.pt2_compliant_tag in op.overload.tags
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_backends_get_positional_arguments(name):
+    assert not has_keyword_only(OPS[name])
+
+
+def test_an_argument_error_is_what_historical_callers_catch():
+    assert issubclass(ArgumentError, ValueError)
+    assert issubclass(ArgumentError, RuntimeError)
+    assert issubclass(ArgumentTypeError, TypeError)
+    assert issubclass(BackendError, RuntimeError)
+
+
+def test_the_check_runs_on_fake_tensors_too():
+    a = torch.ones(2, 4, dtype=torch.int8, device="meta")
+    with pytest.raises(ArgumentTypeError, match="int8_linear_matmul"):
+        torch.ops.bitsandbytes.int8_linear_matmul(a, a.float())
+
+
+def test_an_out_overload_takes_out_by_position_and_by_name():
+    a = torch.ones(2, 4, dtype=torch.int8)
+    for arguments, named in (((a, a), True), ((a, a), False)):
+        out = torch.zeros(2, 2, dtype=torch.int32)
+        if named:
+            torch.ops.bitsandbytes.int8_linear_matmul.out(*arguments, out=out)
+        else:
+            torch.ops.bitsandbytes.int8_linear_matmul.out(*arguments, out)
+        assert out.tolist() == [[4, 4], [4, 4]]
+
+
+@pytest.mark.parametrize(
+    ("out", "text"),
+    [
+        (torch.zeros(2, 2), "out has dtype torch.float32, expected torch.int32"),
+        (torch.zeros(2, 3, dtype=torch.int32), r"out has shape \(2, 3\), expected \(2, 2\)"),
+        (torch.zeros(2, 2, dtype=torch.int32, device="meta"), "out is on meta, expected cpu"),
+    ],
+)
+def test_a_wrong_result_buffer_is_refused(out, text):
+    with pytest.raises(ArgumentError, match=text):
+        check_result_buffer("some_op", "out", out, TensorSpec((2, 2), torch.int32), torch.device("cpu"))
+
+
+def test_the_shared_checks_name_op_argument_and_what_is_allowed():
+    with pytest.raises(
+        ArgumentTypeError, match=r"some_op: A has dtype torch.int8 on device cpu; allowed: torch.float16"
+    ):
+        check_dtype("some_op", "A", torch.zeros(1, dtype=torch.int8), (torch.float16,))
+    with pytest.raises(ArgumentError, match="some_op: B is on meta but A is on cpu"):
+        check_same_device("some_op", A=torch.zeros(1), bias=None, B=torch.zeros(1, device="meta"))
+    with pytest.raises(ArgumentError, match="some_op: broken"):
+        check_that("some_op", False, lambda: "broken")
+    check_that("some_op", True, lambda: pytest.fail("the text is built only on failure"))
+
+
+def test_a_call_is_dispatched_again_when_a_backend_has_claimed_the_device(monkeypatch):
+    asked = []
+
+    def notice(device):
+        asked.append(device)
+        return len(asked) == 1
+
+    monkeypatch.setattr(contract, "_reference_notice", notice)
+    a = torch.ones(2, 4, dtype=torch.int8)
+    assert torch.ops.bitsandbytes.int8_linear_matmul(a, a)[0, 0].item() == 4
+    assert asked == ["cpu", "cpu"]
+
+
+def test_the_chain_of_kernels():
+    calls = []
+
+    def kernel(name, accepts):
+        def run(x):
+            calls.append(name)
+            return name
+
+        return Kernel("op", run, accepts)
+
+    def reference(x):
+        return "reference"
+
+    only = kernel("only", None)
+    assert chained([only], reference) is only.run
+    assert chained([], reference) is reference
+    serve = chained([kernel("small", lambda x: x < 2), kernel("even", lambda x: x % 2 == 0)], reference)
+    assert [serve(x) for x in (1, 4, 5)] == ["small", "even", "reference"]
+    assert calls == ["small", "even"]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("name", ""),
+        ("name", 3),
+        ("version", None),
+        ("devices", "cpu"),
+        ("devices", ()),
+        ("devices", (1,)),
+        ("op_api", 1),
+        ("op_api", (1,)),
+        ("op_api", ("1", "2")),
+        ("probe", None),
+        ("load", 5),
+        ("priority", "high"),
+    ],
+)
+def test_a_description_with_a_wrong_field_is_refused(field, value):
+    from bitsandbytes.backends import Availability, Backend
+
+    fields = {
+        "name": "some",
+        "version": "1",
+        "devices": ("cpu",),
+        "op_api": (1, 1),
+        "probe": lambda: Availability(True),
+        "load": list,
+    }
+    Backend(**fields)
+    with pytest.raises(ArgumentTypeError, match=f"Backend.{field} is "):
+        Backend(**{**fields, field: value})
