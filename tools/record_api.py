@@ -87,7 +87,8 @@ def describe(value: Any) -> dict[str, Any] | None:
     own = str(getattr(value, "__module__", "")).startswith(PACKAGE)
     if inspect.isclass(value):
         return describe_class(value) if own else None
-    if inspect.isfunction(value):
+    # A function may be wrapped in an object, such as functools.lru_cache's.
+    if inspect.isfunction(inspect.unwrap(value) if callable(value) else value):
         return {"kind": "function", "signature": describe_signature(value)} if own else None
     if isinstance(value, _VALUES):
         return {"kind": "value", "type": type(value).__name__}

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from statistics import median
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -45,20 +45,21 @@ def prefill_rate(model: PreTrainedModel, ids: torch.Tensor, tokens: int = 256, r
     return prompt.shape[1] / median(_seconds(lambda: model(input_ids=prompt)) for _ in range(repeats))
 
 
-def decode_rate(model: PreTrainedModel, ids: torch.Tensor, tokens: int = 32, repeats: int = 3) -> float:
-    """Tokens per second while ``tokens`` tokens are generated greedily, one at a time."""
+def decode_rate(model: PreTrainedModel, ids: torch.Tensor, tokens: int = 64, repeats: int = 3) -> float:
+    """Tokens per second while ``tokens`` tokens are generated greedily, one at a time, after a first short run."""
     prompt = ids[:, :8]
 
-    def decode() -> None:
+    def decode(count: int) -> None:
         model.generate(
             input_ids=prompt,
             attention_mask=torch.ones_like(prompt),
             do_sample=False,
-            min_new_tokens=tokens,
-            max_new_tokens=tokens,
+            min_new_tokens=count,
+            max_new_tokens=count,
         )
 
-    return tokens / median(_seconds(decode) for _ in range(repeats))
+    decode(4)
+    return tokens / median(_seconds(lambda: decode(tokens)) for _ in range(repeats))
 
 
 def answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, question: str, tokens: int = 40) -> str:
@@ -70,7 +71,7 @@ def answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, question:
     return tokenizer.decode(output[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True).strip()
 
 
-def _seconds(run: Any) -> float:
+def _seconds(run: Callable[[], object]) -> float:
     start = time.perf_counter()
     run()
     return time.perf_counter() - start

@@ -26,12 +26,18 @@ import torch
 import transformers
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 import bitsandbytes
 
 HERE = Path(__file__).resolve().parent
-MODEL = HERE.parents[1] / "models" / "SmolLM2-135M-Instruct"
+MODEL = Path(os.environ.get("BNB_TEST_MODEL") or HERE.parents[1] / "models" / "SmolLM2-135M-Instruct")
 QUESTION = "What does a lighthouse do? Answer in one sentence."
 
 
@@ -106,30 +112,37 @@ def logits_of(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
     return torch.cat([model(input_ids=part).logits for part in (ids[:, :64], ids[:, 64:65])], dim=1)
 
 
-def run_variant(variant: Variant, model_folder: Path, ids: torch.Tensor, tokenizer, report: Report) -> Result:
+def run_variant(
+    variant: Variant, source: Path, ids: torch.Tensor, tokenizer: PreTrainedTokenizerBase, report: Report
+) -> Result:
     """Load one variant, fill its row of the table and return what later steps compare."""
-    console.print(f"[bold]{variant.name}[/]: loading and measuring ...")
+    console.print(f"[bold]{variant.name}[/]", end="", highlight=False)
     start = time.perf_counter()
-    model = load(model_folder, variant.config)
+    model = load(source, variant.config)
     seconds = time.perf_counter() - start
+    console.print(f"  loaded in {seconds:.1f} s", end="")
     result = Result(measure.weight_bytes(model), measure.perplexity(model, ids), logits_of(model, ids))
+    console.print(f", perplexity {result.perplexity:.2f}", end="")
+    prefill = measure.prefill_rate(model, ids)
+    console.print(f", reads {prefill:.0f} tokens/s", end="")
+    decode = measure.decode_rate(model, ids)
+    console.print(f", writes {decode:.1f} tokens/s")
     report.table.add_row(
         variant.name,
         f"{result.size / 1e6:.1f}",
         f"{seconds:.1f}",
         f"{result.perplexity:.2f}",
-        f"{measure.prefill_rate(model, ids):.0f}",
-        f"{measure.decode_rate(model, ids):.1f}",
+        f"{prefill:.0f}",
+        f"{decode:.1f}",
         measure.answer(model, tokenizer, QUESTION),
     )
     return result
 
 
-def quantize_offline(variant: Variant, source: Path, target: Path) -> None:
-    """Run ``bnb quantize`` on the bf16 checkpoint."""
-    command = [sys.executable, "-m", "bitsandbytes.cli", "quantize", str(source), "-o", str(target), *variant.offline]
-    console.print(f"[bold]bnb quantize[/] {source.name} -o {target.name} {' '.join(variant.offline)}")
-    subprocess.run(command, check=True)
+def bnb(*arguments: str) -> None:
+    """Run the command ``bnb`` of this environment."""
+    console.print(f"[bold]$ bnb {' '.join(arguments)}[/]", highlight=False, soft_wrap=True)
+    subprocess.run([Path(sys.executable).with_name("bnb"), *arguments], check=True)
 
 
 def compare(variant: Variant, result: Result, reference: Result, report: Report) -> None:
@@ -145,10 +158,12 @@ def compare(variant: Variant, result: Result, reference: Result, report: Report)
     )
 
 
-def check_offline(variant: Variant, source: Path, folder: Path, ids: torch.Tensor, expected: Result, report: Report):
+def check_offline(
+    variant: Variant, source: Path, folder: Path, ids: torch.Tensor, expected: Result, report: Report
+) -> None:
     """Quantize offline, reload, and compare the logits bit for bit with quantizing while loading."""
     target = folder / variant.name.split()[0]
-    quantize_offline(variant, source, target)
+    bnb("quantize", str(source), "-o", str(target), *variant.offline)
     logits = logits_of(load(target), ids)
     same = torch.equal(logits, expected.logits)
     distance = (logits.float() - expected.logits.float()).abs().max().item()
@@ -170,6 +185,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Run a real language model in bf16, nf4, fp4 and int8.")
     parser.add_argument("--model", type=Path, default=MODEL, help="checkpoint folder (default: %(default)s)")
     source = parser.parse_args().model
+    if not (source / "config.json").is_file():
+        parser.error(f"there is no checkpoint in {source}; run: python tools/get_model.py")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
 
@@ -179,6 +196,7 @@ def main() -> int:
         f"bitsandbytes {bitsandbytes.__version__}, torch {torch.__version__}, transformers "
         f"{transformers.__version__}, {torch.get_num_threads()} threads, text of {ids.shape[1]} tokens"
     )
+    bnb("plugins", "list")
     report = Report(results_table())
     results: dict[str, Result] = {}
     for variant in VARIANTS:

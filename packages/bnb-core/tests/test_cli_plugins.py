@@ -84,7 +84,7 @@ def test_a_failed_plugin_is_in_the_list_and_in_the_exit_code(plugin_site, source
     table = plugin_site.bnb("plugins", "list")
     assert table.returncode == 1
     assert status in table.stdout
-    assert "To mend it: pip install" in table.stdout
+    assert "pip install --upgrade" in table.stdout
 
 
 def test_a_plugin_that_breaks_when_it_is_loaded(plugin_site):

@@ -502,3 +502,13 @@ def test_a_kernel_for_an_op_that_the_core_does_not_know(plugin_site):
     plugin_site.install("future", backend_source("future", op="op_of_tomorrow"))
     out = plugin_site.python(PRELUDE + "print(answer(), plugin('future').unknown_ops)")
     assert out.strip() == f"{REFERENCE} ('op_of_tomorrow',)"
+
+
+def test_a_warning_points_at_the_line_of_the_user(plugin_site):
+    plugin_site.install("bad", "raise ImportError('gone')")
+    (plugin_site.path / "program.py").write_text("import torch\nimport bitsandbytes  # the line of the user\n")
+    result = plugin_site.run("-m", "program")
+    assert result.returncode == 0
+    first, second = result.stderr.splitlines()[:2]
+    assert "program.py:2: BackendWarning: backend 'bad'" in first
+    assert second.strip() == "import bitsandbytes  # the line of the user"

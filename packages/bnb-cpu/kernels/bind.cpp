@@ -8,6 +8,7 @@
 #include <type_traits>
 
 #include "dispatch.h"
+#include "memory.h"
 
 namespace nb = nanobind;
 
@@ -45,10 +46,24 @@ NB_MODULE(_C, m) {
   m.def("isa", &bnb_cpu::isa);
   m.def("supported_isas", &bnb_cpu::supported_isas);
   m.def("set_isa", &bnb_cpu::set_isa);
+  m.def("advise_huge_pages",
+        [](uintptr_t data, int64_t bytes) { bnb_cpu::advise_huge_pages(reinterpret_cast<void*>(data), bytes); });
 
   bind(m, "quantize_4bit", &Kernels::quantize_4bit);
   bind(m, "dequantize_4bit", &Kernels::dequantize_4bit);
   bind(m, "dequantize_4bit_nested", &Kernels::dequantize_4bit_nested);
   bind(m, "quantize_blockwise", &Kernels::quantize_blockwise);
   bind(m, "dequantize_blockwise", &Kernels::dequantize_blockwise);
+  bind(m, "embedding_4bit", &Kernels::embedding_4bit);
+  bind(m, "gemm_4bit", &Kernels::gemm_4bit);
+  bind(m, "gemm_4bit_transposed", &Kernels::gemm_4bit_transposed);
+  bind(m, "int8_vectorwise_quant", &Kernels::int8_vectorwise_quant);
+  bind(m, "int8_columnwise_quant", &Kernels::int8_columnwise_quant);
+  bind(m, "int8_vectorwise_dequant", &Kernels::int8_vectorwise_dequant);
+  bind(m, "int8_matmul", &Kernels::int8_matmul);
+  bind(m, "int8_mm_dequant", &Kernels::int8_mm_dequant);
+  bind(m, "int8_scaled_mm", &Kernels::int8_scaled_mm);
+  bind(m, "int8_linear", &Kernels::int8_linear);
+  bind(m, "optimizer_step_32bit", &Kernels::optimizer_step_32bit);
+  bind(m, "optimizer_step_8bit", &Kernels::optimizer_step_8bit);
 }

@@ -24,7 +24,7 @@ bool always() { return true; }
 // What GCC's __builtin_cpu_supports asks for: the features, and that the operating system saves the
 // registers (XCR0).
 struct X86Features {
-  bool avx2 = false, avx512 = false, avx512vnni = false;
+  bool avx2 = false, avx512 = false, avx512vnni = false, avx512bf16 = false;
 
   X86Features() {
     int leaf1[4], leaf7[4];
@@ -41,6 +41,11 @@ struct X86Features {
     avx2 = (saved & 0x6) == 0x6 && b7(5) && b7(3) && b7(8) && fma && f16c;
     avx512 = avx2 && (saved & 0xe6) == 0xe6 && b7(16) && b7(17) && b7(30) && b7(31);
     avx512vnni = avx512 && c7(11) && c7(1);
+    if (avx512vnni && leaf7[0] >= 1) {
+      int leaf7_1[4];
+      __cpuidex(leaf7_1, 7, 1);
+      avx512bf16 = leaf7_1[0] >> 5 & 1;
+    }
   }
 };
 
@@ -52,6 +57,7 @@ const X86Features& features() {
 bool has_avx2() { return features().avx2; }
 bool has_avx512() { return features().avx512; }
 bool has_avx512vnni() { return features().avx512vnni; }
+bool has_avx512bf16() { return features().avx512bf16; }
 #else
 bool has_avx2() {
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") &&
@@ -66,6 +72,8 @@ bool has_avx512() {
 bool has_avx512vnni() {
   return has_avx512() && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi");
 }
+
+bool has_avx512bf16() { return has_avx512vnni() && __builtin_cpu_supports("avx512bf16"); }
 #endif
 #endif
 
@@ -78,6 +86,7 @@ struct Isa {
 // Best first.
 constexpr Isa kIsas[] = {
 #ifdef BNB_X86
+    {"avx512bf16", has_avx512bf16, &avx512bf16::table},
     {"avx512vnni", has_avx512vnni, &avx512vnni::table},
     {"avx512", has_avx512, &avx512::table},
     {"avx2", has_avx2, &avx2::table},

@@ -7,6 +7,7 @@ is 0 for float32, 1 for float16, 2 for bfloat16; ``quant_type`` is 0 for NF4, 1 
 def isa() -> str: ...
 def supported_isas() -> list[str]: ...
 def set_isa(name: str, /) -> None: ...
+def advise_huge_pages(data: int, bytes: int, /) -> None: ...
 def quantize_4bit(
     x: int, dtype: int, count: int, blocksize: int, quant_type: int, packed: int, absmax: int, threads: int, /
 ) -> None: ...
@@ -50,6 +51,128 @@ def dequantize_blockwise(
     blocksize: int,
     out: int,
     dtype: int,
+    threads: int,
+    /,
+) -> None: ...
+def embedding_4bit(
+    indices: int,
+    index_bytes: int,
+    count: int,
+    packed: int,
+    table_rows: int,
+    width: int,
+    absmax: int,
+    absmax_8bit: int,
+    code: int,
+    code_size: int,
+    offset: int,
+    blocksize: int,
+    nested_blocksize: int,
+    quant_type: int,
+    out: int,
+    dtype: int,
+    threads: int,
+    /,
+) -> int: ...
+def gemm_4bit(
+    a: int,
+    dtype: int,
+    count: int,
+    packed: int,
+    rows: int,
+    width: int,
+    absmax: int,
+    absmax_8bit: int,
+    code: int,
+    code_size: int,
+    offset: int,
+    blocksize: int,
+    table: int,
+    quant_type: int,
+    bias: int,
+    bias_dtype: int,
+    out: int,
+    threads: int,
+    /,
+) -> None: ...
+def gemm_4bit_transposed(
+    a: int,
+    dtype: int,
+    count: int,
+    packed: int,
+    rows: int,
+    width: int,
+    absmax: int,
+    absmax_8bit: int,
+    code: int,
+    code_size: int,
+    offset: int,
+    blocksize: int,
+    quant_type: int,
+    out: int,
+    threads: int,
+    /,
+) -> None: ...
+def int8_vectorwise_quant(
+    x: int,
+    dtype: int,
+    rows: int,
+    width: int,
+    threshold: float,
+    codes: int,
+    absmax: int,
+    outlier_columns: int,
+    threads: int,
+    /,
+) -> int: ...
+def int8_columnwise_quant(
+    x: int, dtype: int, rows: int, width: int, threshold: float, codes: int, absmax: int, threads: int, /
+) -> None: ...
+def int8_vectorwise_dequant(codes: int, absmax: int, rows: int, width: int, out: int, threads: int, /) -> None: ...
+def int8_matmul(a: int, b: int, count: int, rows: int, width: int, out: int, threads: int, /) -> None: ...
+def int8_mm_dequant(
+    sums: int,
+    row_stats: int,
+    col_stats: int,
+    rows: int,
+    columns: int,
+    bias: int,
+    bias_dtype: int,
+    out: int,
+    dtype: int,
+    threads: int,
+    /,
+) -> None: ...
+def int8_scaled_mm(
+    a: int,
+    b: int,
+    row_stats: int,
+    col_stats: int,
+    count: int,
+    rows: int,
+    width: int,
+    x: int,
+    outlier_columns: int,
+    outlier_count: int,
+    bias: int,
+    bias_dtype: int,
+    out: int,
+    dtype: int,
+    threads: int,
+    /,
+) -> None: ...
+def int8_linear(
+    x: int,
+    dtype: int,
+    count: int,
+    b: int,
+    col_stats: int,
+    rows: int,
+    width: int,
+    threshold: float,
+    bias: int,
+    bias_dtype: int,
+    out: int,
     threads: int,
     /,
 ) -> None: ...

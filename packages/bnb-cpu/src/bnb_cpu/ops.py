@@ -10,16 +10,14 @@ from collections.abc import Sequence
 
 import torch
 from bitsandbytes.backends.description import Kernel
-from torch import Tensor, empty, get_num_threads
+from bitsandbytes.ops.common import NESTED_BLOCKSIZE
+from bitsandbytes.ops.fourbit_matmul import outside_of_table
+from torch import Tensor, get_num_threads
 
+from bnb_cpu.arguments import DTYPES, QUANT_TYPES, address, contiguous_or_none
+from bnb_cpu.matmul import MATMUL_KERNELS
+from bnb_cpu.memory import empty_result
 from bnb_cpu.native import _C
-
-#: Numbers of ``bnb::Dtype``.
-DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-
-#: Numbers of ``bnb::QuantType``.
-QUANT_TYPES = {"nf4": 0, "fp4": 1}
-
 
 def quantize_4bit(
     A: Tensor, blocksize: int, quant_type: str, quant_storage: torch.dtype
@@ -27,8 +25,8 @@ def quantize_4bit(
     """Native ``quantize_4bit``."""
     A = A.contiguous()
     count, device = A.numel(), A.device
-    packed = empty(((count + 1) // 2 // quant_storage.itemsize, 1), dtype=quant_storage, device=device)
-    absmax = empty(-(-count // blocksize), dtype=torch.float32, device=device)
+    packed = empty_result(((count + 1) // 2 // quant_storage.itemsize, 1), quant_storage, device)
+    absmax = empty_result((-(-count // blocksize),), torch.float32, device)
     _C.quantize_4bit(
         A.data_ptr(),
         DTYPES[A.dtype],
@@ -46,7 +44,7 @@ def dequantize_4bit(
     A: Tensor, absmax: Tensor, blocksize: int, quant_type: str, shape: Sequence[int], dtype: torch.dtype
 ) -> Tensor:
     """Native ``dequantize_4bit``."""
-    out = empty(shape, dtype=dtype, device=A.device)
+    out = empty_result(shape, dtype, A.device)
     _dequantize_4bit_into(A, absmax, blocksize, quant_type, out)
     return out
 
@@ -96,7 +94,7 @@ def dequantize_4bit_nested(
     """Native ``dequantize_4bit_nested``."""
     A, absmax, absmax_8bit = A.contiguous(), absmax.contiguous(), absmax_8bit.contiguous()
     absmax_code = absmax_code.contiguous()
-    out = empty(shape, dtype=dtype, device=A.device)
+    out = empty_result(shape, dtype, A.device)
     _C.dequantize_4bit_nested(
         A.data_ptr(),
         absmax.data_ptr(),
@@ -119,8 +117,8 @@ def quantize_blockwise(A: Tensor, code: Tensor, blocksize: int) -> tuple[Tensor,
     """Native ``quantize_blockwise``."""
     A, code = A.contiguous(), code.contiguous()
     count, device = A.numel(), A.device
-    codes = empty(A.shape, dtype=torch.uint8, device=device)
-    absmax = empty(-(-count // blocksize), dtype=torch.float32, device=device)
+    codes = empty_result(A.shape, torch.uint8, device)
+    absmax = empty_result((-(-count // blocksize),), torch.float32, device)
     _C.quantize_blockwise(
         A.data_ptr(),
         DTYPES[A.dtype],
@@ -137,7 +135,7 @@ def quantize_blockwise(A: Tensor, code: Tensor, blocksize: int) -> tuple[Tensor,
 
 def dequantize_blockwise(A: Tensor, absmax: Tensor, code: Tensor, blocksize: int, dtype: torch.dtype) -> Tensor:
     """Native ``dequantize_blockwise``."""
-    out = empty(A.shape, dtype=dtype, device=A.device)
+    out = empty_result(A.shape, dtype, A.device)
     _dequantize_blockwise_into(A, absmax, code, blocksize, out)
     return out
 
@@ -167,6 +165,47 @@ def _dequantize_blockwise_into(A: Tensor, absmax: Tensor, code: Tensor, blocksiz
     )
 
 
+def embedding_4bit(
+    indices: Tensor,
+    B: Tensor,
+    shapeB: Sequence[int],
+    absmax: Tensor,
+    blocksize: int,
+    quant_type: str,
+    dtype: torch.dtype,
+    absmax_8bit: Tensor | None = None,
+    absmax_code: Tensor | None = None,
+    absmax_offset: Tensor | None = None,
+) -> Tensor:
+    """Native ``embedding_4bit``."""
+    table_rows, width = shapeB
+    rows, packed, outer = indices.contiguous(), B.contiguous(), absmax.contiguous()
+    codes, code = contiguous_or_none(absmax_8bit), contiguous_or_none(absmax_code)
+    out = empty_result((*indices.shape, width), dtype, indices.device)
+    outside = _C.embedding_4bit(
+        rows.data_ptr(),
+        rows.itemsize,
+        rows.numel(),
+        packed.data_ptr(),
+        table_rows,
+        width,
+        outer.data_ptr(),
+        address(codes),
+        address(code),
+        0 if code is None else code.numel(),
+        address(absmax_offset),
+        blocksize,
+        NESTED_BLOCKSIZE,
+        QUANT_TYPES[quant_type],
+        out.data_ptr(),
+        DTYPES[dtype],
+        get_num_threads(),
+    )
+    if outside >= 0:
+        raise outside_of_table(indices, table_rows)
+    return out
+
+
 #: What the backend serves, by op.
 KERNELS = (
     Kernel("quantize_4bit", quantize_4bit),
@@ -176,4 +215,6 @@ KERNELS = (
     Kernel("quantize_blockwise", quantize_blockwise),
     Kernel("dequantize_blockwise", dequantize_blockwise),
     Kernel("dequantize_blockwise.out", dequantize_blockwise_out),
+    Kernel("embedding_4bit", embedding_4bit),
+    *MATMUL_KERNELS,
 )

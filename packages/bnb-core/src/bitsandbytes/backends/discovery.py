@@ -22,6 +22,7 @@ from bitsandbytes.backends.description import Backend
 from bitsandbytes.backends.plugin import WHEELS, Plugin, Status, describe_exception, dispatch_key, refuse_other_api
 from bitsandbytes.backends.registry import REGISTRY, Registry
 from bitsandbytes.backends.settings import Settings
+from bitsandbytes.diagnostics.installation import second_owner
 
 GROUP = "bitsandbytes.backends"
 
@@ -37,13 +38,16 @@ def load_plugins(
         BackendError: in strict mode, when a plugin has a problem.
     """
     registry.settings = settings or Settings.from_environment()
+    if trouble := second_owner():
+        registry.warn(trouble)
     found = _unique(registry, installed_entry_points() if entry_points is None else entry_points)
     for variable, name in registry.settings.unknown({entry.name for entry in found}):
         installed = ", ".join(sorted(entry.name for entry in found)) or "none"
         registry.warn(f"{variable} names {name!r}, but no such backend is installed (installed: {installed})")
     # Callables register with torch while they are loaded, so that a described backend, which joins
-    # the registry after them, leaves them their kernels.
-    for plugin in [_plugin(entry, registry.settings) for entry in found]:
+    # the registry after them, leaves them their kernels and can say whose they are.
+    loaded = [_plugin(entry, registry.settings) for entry in found]
+    for plugin in sorted(loaded, key=lambda plugin: plugin.backend is not None):
         registry.add(plugin)
     contract.set_reference_notice(registry.before_reference)
     if registry.settings.strict:

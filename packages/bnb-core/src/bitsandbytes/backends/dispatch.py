@@ -35,6 +35,7 @@ def _build(
     op: Op, kernels: Callable[[], Iterable[Kernel]], lock: threading.RLock
 ) -> tuple[Callable[..., Any], Callable[[], None]]:
     check = op.check
+    serve: Callable[..., Any]
 
     def look_up(*args: Any, **kwargs: Any) -> Any:
         nonlocal serve
@@ -46,7 +47,7 @@ def _build(
         nonlocal serve
         serve = look_up
 
-    serve: Callable[..., Any] = look_up
+    serve = look_up
 
     # torch names an argument only where the schema demands it; packing names costs time on each call.
     def positional(*args: Any) -> Any:

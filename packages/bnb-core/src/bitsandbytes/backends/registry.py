@@ -6,8 +6,8 @@ probed and loaded on the first call that needs them, never at import.
 
 from __future__ import annotations
 
+import itertools
 import threading
-import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -17,8 +17,9 @@ from bitsandbytes.backends.description import Kernel
 from bitsandbytes.backends.dispatch import Entry
 from bitsandbytes.backends.plugin import FAILED, WHEELS, Plugin, Status, devices_by_name, dispatch_key
 from bitsandbytes.backends.settings import DENY, Settings
+from bitsandbytes.backends.warning import warn_user
 from bitsandbytes.contract import NAMESPACE, OPS, Op
-from bitsandbytes.errors import BackendError, BackendWarning
+from bitsandbytes.errors import BackendError
 
 __all__ = ["REGISTRY", "WHEELS", "Plugin", "Registry", "Status"]
 
@@ -49,14 +50,19 @@ class Registry:
             self.plugins.append(plugin)
             self._admit(plugin)
 
-    def settle(self) -> None:
-        """Load the plugins whose modules were still being imported when the core loaded."""
-        for plugin in self.plugins:
-            if plugin.status is Status.PENDING:
-                plugin.settle()
-                if plugin.status is not Status.PENDING:
-                    with self._lock:
-                        self._admit(plugin)
+    def settle(self) -> bool:
+        """Load the plugins whose modules were still being imported when the core loaded.
+
+        Returns whether there was one.
+        """
+        pending = [plugin for plugin in self.plugins if plugin.status is Status.PENDING]
+        for plugin in pending:
+            plugin.settle()
+        settled = [plugin for plugin in pending if plugin.status is not Status.PENDING]
+        with self._lock:
+            for plugin in settled:
+                self._admit(plugin)
+        return bool(settled)
 
     def for_device(self, device: str) -> list[Plugin]:
         """Plugins that claim the device type, those that failed included; best first.
@@ -107,7 +113,7 @@ class Registry:
         self.reports.append(message)
         if self.settings.strict:
             raise BackendError(message)
-        warnings.warn(message, BackendWarning, stacklevel=3)
+        warn_user(message)
 
     def report_failure(self, plugin: Plugin) -> None:
         """Report once that a plugin failed."""
@@ -121,7 +127,8 @@ class Registry:
         """
         if device in self._on_reference:
             return False
-        self.settle()
+        if self.settle():
+            return True
         with self._lock:
             if device not in self._libraries and self.for_device(device):
                 return self._claim(device)
@@ -197,7 +204,7 @@ class Registry:
 
     def _report_conflicts(self, serving: list[Plugin], device: str) -> None:
         """Report backends with the same priority that both have kernels for an op on a device."""
-        for first, second in zip(serving, serving[1:], strict=False):
+        for first, second in itertools.pairwise(serving):
             shared = sorted(first.kernels().keys() & second.kernels().keys())
             if shared and first.backend and second.backend and first.backend.priority == second.backend.priority:
                 self._warn_once(
@@ -251,7 +258,7 @@ class Registry:
             )
         if f"reference {device}" not in self._noticed:
             self._noticed.add(f"reference {device}")
-            warnings.warn(message, BackendWarning, stacklevel=5)
+            warn_user(message)
 
     def _warn_once(self, key: str, message: str) -> None:
         if key not in self._noticed:

@@ -211,14 +211,14 @@ def _write_reshaped(
     for info in item.sources:
         tensor = source.file(info.name).read(info, 0, info.numel).reshape(info.shape)
         tensors[info.name] = tensor if options.cast_dtype is None else tensor.to(options.cast_dtype)
-    made: dict[str, torch.Tensor | None] = {**item.reshaping.convert(tensors)}
+    made = item.reshaping.convert(tensors)
     tensors.clear()
     for target in item.targets:
-        converted = made.get(target.name)
-        where = source.where(item.sources[0].name)
-        if tensor is None or tuple(tensor.shape) != target.shape:
-            got = "nothing" if tensor is None else f"shape {tuple(tensor.shape)}"
+        if target.name not in made or tuple(made[target.name].shape) != target.shape:
+            got = f"shape {tuple(made[target.name].shape)}" if target.name in made else "nothing"
+            where = source.where(item.sources[0].name)
             raise CheckpointError(f"{where} gives {got} for {target.name!r}, the architecture has {target.shape}")
+        tensor = made.pop(target.name)
         if target.quantize:
             matrix = LoadedMatrix(tensor.t().contiguous() if target.transposed else tensor)
             _write_matrix(writer, target, matrix, options, tally, chunk_values)

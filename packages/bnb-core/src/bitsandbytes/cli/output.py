@@ -39,9 +39,7 @@ def table(*columns: str, title: str | None = None) -> Table:
 
 def facts(rows: dict[str, str], title: str | None = None) -> Table:
     """Names and values, one a line."""
-    result = Table(
-        title=title, title_justify="left", show_header=False, show_edge=False, pad_edge=False, box=None
-    )
+    result = Table(title=title, title_justify="left", show_header=False, show_edge=False, pad_edge=False, box=None)
     result.add_column(style="bold", no_wrap=True)
     result.add_column(overflow="fold")
     for name, value in rows.items():

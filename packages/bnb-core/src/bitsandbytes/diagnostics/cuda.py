@@ -58,15 +58,15 @@ def find_cuda_libraries_in_path_list(paths_list_candidate: str) -> Iterable[Path
 
 def is_relevant_candidate_env_var(env_var: str, value: str) -> bool:
     """Whether a variable may hold a path with libraries in it."""
-    return (
-        env_var in CUDART_PATH_PREFERRED_ENVVARS
-        or (os.sep in value or (os.altsep is not None and os.altsep in value))
-        and env_var not in CUDART_PATH_IGNORED_ENVVARS
-        and "CONDA" not in env_var
-        and "BASH_FUNC" not in env_var
-        and "\n" not in value
-        and "://" not in value
+    is_path = os.sep in value or (os.altsep is not None and os.altsep in value)
+    is_something_else = (
+        env_var in CUDART_PATH_IGNORED_ENVVARS
+        or "CONDA" in env_var
+        or "BASH_FUNC" in env_var
+        or "\n" in value
+        or "://" in value
     )
+    return env_var in CUDART_PATH_PREFERRED_ENVVARS or (is_path and not is_something_else)
 
 
 def get_potentially_lib_path_containing_env_vars() -> dict[str, str]:

@@ -10,13 +10,20 @@ import torch
 from bitsandbytes.backends.plugin import FAILED, WHEELS, Plugin, Status
 from bitsandbytes.backends.registry import REGISTRY, Registry
 from bitsandbytes.diagnostics.finding import Finding, Level
-from bitsandbytes.diagnostics.installation import CORE, SHIM, installed_version, intruders, overwritten_files
+from bitsandbytes.diagnostics.installation import (
+    CORE,
+    SHIM,
+    installed_version,
+    intruders,
+    overwritten_files,
+    restore_command,
+    second_owner,
+)
 from bitsandbytes.diagnostics.machine import Device, gpu_vendors, why_no_cuda
 from bitsandbytes.diagnostics.utils import listed
 
-RESTORE = f"pip uninstall -y {{name}} && pip install --force-reinstall --no-deps {CORE}"
 #: How to get a fitting torch; its index differs by GPU, so the selector on its site is the way.
-OTHER_TORCH = "install a build of torch for this GPU: choose it on PyTorch's page \"Get started\""
+OTHER_TORCH = 'install a build of torch for this GPU: choose it on PyTorch\'s page "Get started"'
 
 
 def installation_findings() -> Iterator[Finding]:
@@ -27,7 +34,7 @@ def installation_findings() -> Iterator[Finding]:
         yield Finding(
             Level.ERROR,
             f"distribution {owner.label} has its own {len(owner.files)} modules in the folder bitsandbytes/; {harm}",
-            RESTORE.format(name=owner.name),
+            restore_command([owner.name]),
         )
     if changed and not intruders():
         yield Finding(
@@ -117,7 +124,9 @@ def plugin_findings(devices: list[Device], registry: Registry = REGISTRY) -> Ite
         if plugin.status in FAILED:
             level = Level.ERROR if plugin.blocks() else Level.WARNING
             mend = f"{_library_hint(plugin)}{plugin.mend}"
-            yield Finding(level, f"backend {plugin.name!r} ({plugin.distribution} {plugin.version}): {plugin.cause}", mend)
+            yield Finding(
+                level, f"backend {plugin.name!r} ({plugin.distribution} {plugin.version}): {plugin.cause}", mend
+            )
         if plugin.unknown_ops:
             yield Finding(
                 Level.WARNING,
@@ -127,9 +136,9 @@ def plugin_findings(devices: list[Device], registry: Registry = REGISTRY) -> Ite
             )
     for device in devices:
         yield from _device_findings(device.type, registry)
-    failures = {plugin.describe_failure() for plugin in registry.plugins if plugin.status in FAILED}
+    told = {plugin.describe_failure() for plugin in registry.plugins if plugin.status in FAILED} | {second_owner()}
     for report in registry.reports:
-        if report not in failures:
+        if report not in told:
             yield Finding(Level.WARNING, report)
 
 

@@ -66,6 +66,28 @@ def intruders() -> list[Owner]:
     return [owner for owner in owners() if owner.name.lower().replace("_", "-") != CORE]
 
 
+def second_owner() -> str | None:
+    """What is wrong when a distribution called ``bitsandbytes`` has files of its own, else ``None``.
+
+    This is the cheap part of the examination, one look-up by name, done on every import.
+    """
+    try:
+        distribution = metadata.distribution(SHIM)
+    except metadata.PackageNotFoundError:
+        return None
+    if f"{PACKAGE}/__init__.py," not in (distribution.read_text("RECORD") or ""):
+        return None
+    return (
+        f"distribution {SHIM} {distribution.version} has its own modules in the folder {PACKAGE}/ of {CORE}: whichever "
+        f"was installed last has written over the other. To mend it: {restore_command([SHIM])}"
+    )
+
+
+def restore_command(names: Iterable[str]) -> str:
+    """What removes other owners of the folder and puts the files of ``bnb-core`` back."""
+    return f"pip uninstall -y {' '.join(names)} && pip install --force-reinstall --no-deps {CORE}"
+
+
 def overwritten_files() -> list[str]:
     """Files of ``bnb-core`` whose content is not what it installed."""
     try:

@@ -7,7 +7,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from bitsandbytes.diagnostics.finding import Finding, Level
-from bitsandbytes.diagnostics.installation import CORE, SHIM, core_is_intact, installed_version, intruders
+from bitsandbytes.diagnostics.installation import (
+    CORE,
+    SHIM,
+    core_is_intact,
+    installed_version,
+    intruders,
+    restore_command,
+)
 
 #: Libraries whose versions matter in a report of a problem.
 RELATED = ("transformers", "accelerate", "peft", "diffusers", "trl", "safetensors", "numpy", "triton")
@@ -102,6 +109,6 @@ def _overwritten() -> list[Finding]:
             Level.ERROR,
             "another distribution has replaced modules of bnb-core in the folder bitsandbytes/: "
             + ", ".join(owner.label for owner in intruders()),
-            f"pip uninstall -y {' '.join(names)} && pip install --force-reinstall --no-deps {CORE}",
+            restore_command(names),
         )
     ]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from bitsandbytes.codebooks import dynamic_map, named_4bit_type
+from bitsandbytes.ops.search import GRID_POINTS
 
 ops = torch.ops.bitsandbytes
 
@@ -29,7 +30,9 @@ def run_selftest(device: str) -> list[Step]:
     return [_run(name, step, device) for name, step in STEPS.items()]
 
 
-def _run(name: str, step: Callable[[str], tuple[torch.Tensor, torch.Tensor, torch.Tensor | float]], device: str) -> Step:
+def _run(
+    name: str, step: Callable[[str], tuple[torch.Tensor, torch.Tensor, torch.Tensor | float]], device: str
+) -> Step:
     try:
         actual, expected, allowed = step(device)
         error = (actual.double().cpu() - expected.double().cpu()).abs()
@@ -52,7 +55,11 @@ def _four_bit(device: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     packed, absmax = ops.quantize_4bit(weight, BLOCKSIZE, "nf4", torch.uint8)
     restored = ops.dequantize_4bit(packed, absmax, BLOCKSIZE, "nf4", weight.shape, weight.dtype)
     largest = weight.cpu().double().reshape(-1, BLOCKSIZE).abs().amax(1, keepdim=True)
-    return restored, weight, (largest.expand(-1, BLOCKSIZE) * _half_gap(named_4bit_type("nf4", torch.device("cpu")))).reshape(weight.shape)
+    return (
+        restored,
+        weight,
+        (largest.expand(-1, BLOCKSIZE) * _half_gap(named_4bit_type("nf4", torch.device("cpu")))).reshape(weight.shape),
+    )
 
 
 def _blockwise(device: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -61,7 +68,9 @@ def _blockwise(device: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     codes, absmax = ops.quantize_blockwise(weight, code, BLOCKSIZE)
     restored = ops.dequantize_blockwise(codes, absmax, code, BLOCKSIZE, weight.dtype)
     largest = weight.cpu().double().reshape(-1, BLOCKSIZE).abs().amax(1, keepdim=True)
-    return restored, weight, (largest.expand(-1, BLOCKSIZE) * _half_gap(code)).reshape(weight.shape)
+    # The search rounds the scaled value to a grid first.
+    step = _half_gap(code) + 1 / (GRID_POINTS - 1)
+    return restored, weight, (largest.expand(-1, BLOCKSIZE) * step).reshape(weight.shape)
 
 
 def _four_bit_matmul(device: str) -> tuple[torch.Tensor, torch.Tensor, float]:

@@ -9,8 +9,9 @@ from bitsandbytes.errors import ArgumentError
 from bitsandbytes.ops.optim_rules import RULES
 from bitsandbytes.optim.base import MockArgs, Optimizer8bit, check_settings
 from bitsandbytes.optim.overrides import GlobalOptimManager
+from bitsandbytes.utils import sync_gpu
 
-__all__ = ["GlobalOptimManager", "MockArgs", "Optimizer1State", "Optimizer2State", "Optimizer8bit"]
+__all__ = ["GlobalOptimManager", "MockArgs", "Optimizer1State", "Optimizer2State", "Optimizer8bit", "sync_gpu"]
 
 
 class Optimizer2State(Optimizer8bit):

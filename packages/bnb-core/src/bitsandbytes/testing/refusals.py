@@ -34,6 +34,10 @@ def all_refusals() -> list[Refusal]:
     rows, columns = torch.ones(32), torch.ones(32)
     f32 = torch.float32
     table = torch.ones(16)
+    flat, state8, stats8 = torch.ones(512), torch.zeros(512, dtype=torch.uint8), torch.zeros(2)
+    adam32 = (0.9, 0.99, 0.0, 0.0, 1e-8, 0.0, 1, 0.1, 1.0)
+    adam8 = (0.9, 0.99, 0.0, 0.0, 1e-8, 1, 0.1, code, code, stats8, stats8, 0.0, 1.0)
+    multi = (0.1, 0.9, 0.99, 0.0, 0.0, 1e-8, 0.0)
     half_nested = (None, torch.zeros(32, dtype=torch.uint8), None, None)
     calls: dict[str, list[tuple[str, str, tuple[Any, ...]]]] = {
         "quantize_4bit": [
@@ -90,6 +94,43 @@ def all_refusals() -> list[Refusal]:
         "embedding_4bit": [
             ("indices", "indices", (x, packed, shape, absmax, 64, "nf4", f32)),
             ("result", "dtype", (codes[0].long(), packed, shape, absmax, 64, "nf4", torch.int8)),
+        ],
+        "optimizer_update_32bit": [
+            ("name", "optimizer_name", ("adamax", flat, flat, flat, flat, None, 0.0, 0.0, *adam32)),
+            ("gradient-size", "g has", ("adam", flat[1:], flat, flat, flat, None, 0.0, 0.0, *adam32)),
+            ("gradient-dtype", "g has", ("adam", flat.half(), flat, flat, flat, None, 0.0, 0.0, *adam32)),
+            ("dtype", "p has", ("adam", flat, flat.int(), flat, flat, None, 0.0, 0.0, *adam32)),
+            ("strided", "p has", ("adam", flat, torch.ones(1024)[::2], flat, flat, None, 0.0, 0.0, *adam32)),
+            ("second", "state2", ("adam", flat, flat, flat, None, None, 0.0, 0.0, *adam32)),
+            ("state-dtype", "state1", ("adam", flat, flat, flat.half(), flat, None, 0.0, 0.0, *adam32)),
+            ("state-size", "state1", ("ademamix", flat, flat, flat, flat, None, 0.0, 0.0, *adam32)),
+            ("step", "step", ("adam", flat, flat, flat, flat, None, 0.0, 0.0, *adam32[:6], 0, *adam32[7:])),
+            ("beta", "beta1", ("adam", flat, flat, flat, flat, None, 0.0, 0.0, 1.5, *adam32[1:])),
+        ],
+        "optimizer_update_8bit_blockwise": [
+            ("name", "optimizer_name", ("", flat, flat, state8, state8, *adam8)),
+            ("state", "state1", ("adam", flat, flat, flat, state8, *adam8)),
+            ("state-size", "state2", ("adam", flat, flat, state8, state8[1:], *adam8)),
+            ("qmap", "qmap1", ("adam", flat, flat, state8, state8, *adam8[:7], code[:16], *adam8[8:])),
+            ("absmax", "absmax1", ("adam", flat, flat, state8, state8, *adam8[:9], stats8[:1], *adam8[10:])),
+            ("absmax-slots", "absmax1", ("ademamix", flat, flat, torch.stack((state8, state8)), state8, *adam8)),
+        ],
+        "optimizer_step_32bit": [
+            ("name", "optimizer_name", ("x", [flat], [flat], [flat], [flat], [1], *multi)),
+            ("gradients", "g has", ("adam", [], [flat], [flat], [flat], [1], *multi)),
+            ("gradient-size", "g[1]", ("adam", [flat, flat[1:]], [flat] * 2, [flat] * 2, [flat] * 2, [1, 1], *multi)),
+            ("dtypes", "p[1]", ("adam", [flat] * 2, [flat, flat.half()], [flat] * 2, [flat] * 2, [1, 1], *multi)),
+            ("states", "state2", ("adam", [flat], [flat], [flat], [], [1], *multi)),
+            ("state-size", "state1[0]", ("adam", [flat], [flat], [flat[1:]], [flat], [1], *multi)),
+            ("steps", "step", ("adam", [flat], [flat], [flat], [flat], [1, 2], *multi)),
+            ("step", "step", ("adam", [flat], [flat], [flat], [flat], [0], *multi)),
+            ("seeds", "rounding_seed", ("lion", [flat], [flat], [flat], [], [1], *multi, 1.0, 0.0, False, [1])),
+            ("schedule", "schedule", ("lion", [flat], [flat], [flat], [], [], *multi, 1.0, 0.0, False, [], flat)),
+        ],
+        "optimizer_step_8bit": [
+            ("state", "state1[0]", ("lion", [flat], [flat], [flat], [], code, None, [stats8], [], [1], *multi)),
+            ("qmap", "qmap2", ("adam", [flat], [flat], [state8], [state8], code, None, [stats8], [stats8], [1], *multi)),
+            ("absmax", "absmax1[0]", ("lion", [flat], [flat], [state8], [], code, None, [rows], [], [1], *multi)),
         ],
         "int8_vectorwise_quant": [
             ("dtype", "A", (int8,)),

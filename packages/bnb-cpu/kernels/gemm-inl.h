@@ -1,0 +1,264 @@
+// Products of matrices in blocks that fit the caches and tiles that fit the registers. The 4-bit and the
+// int8 products share it: they differ in how operands are brought into the form below, and in what is done
+// with the sums.
+//
+// A product has a vector side, whose rows lie along the lanes, and a scalar side, whose words are spread
+// over all lanes. Both are read in words of 32 bits along the inner dimension ("steps"); a word holds one
+// float, two bfloat16, two int16 or four int8.
+#pragma once
+
+#include "scratch-inl.h"
+#include "simd-inl.h"
+
+namespace bnb_cpu {
+namespace BNB_ISA {
+
+// --- work for threads ----------------------------------------------------------------------------------
+
+// Multiply-adds that make a thread's share.
+constexpr int64_t kProductsPerThread = int64_t{1} << 17;
+
+BNB_FN int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
+BNB_FN int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
+BNB_FN int64_t round_up(int64_t a, int64_t multiple) { return ceil_divide(a, multiple) * multiple; }
+
+// Number of parts that `units` of work with `products` multiply-adds together are worth.
+BNB_FN int64_t parts_of(int threads, int64_t units, int64_t products) {
+  return max_of(1, min_of(min_of(threads, units), products / kProductsPerThread));
+}
+
+// Calls body(part, begin, end) for `parts` even parts of [0, count), in parallel.
+template <class Body>
+void parallel_parts(int64_t parts, int64_t count, const Body& body) {
+  parallel(static_cast<int>(parts), parts, 1, [&](int64_t first, int64_t last) {
+    for (int64_t part = first; part < last; ++part) {
+      body(part, part * count / parts, (part + 1) * count / parts);
+    }
+  });
+}
+
+// --- counts known to the compiler -------------------------------------------------------------------------
+
+// Calls body(Count<n>{}) for the `n` that equals count, 1 to kMost.
+template <int n>
+struct Count {
+  static constexpr int value = n;
+};
+
+template <int kMost, class Body>
+void with_count(int64_t count, const Body& body) {
+  if constexpr (kMost > 1) {
+    if (count < kMost) {
+      with_count<kMost - 1>(count, body);
+      return;
+    }
+  }
+  body(Count<kMost>{});
+}
+
+// --- one step of a product -----------------------------------------------------------------------------
+
+// Each kind of product names its word, the vector of sums, and one step on all lanes.
+struct FloatProduct {
+  using Word = float;
+  using Sum = F32;
+  static F32 zero() { return splat(0.0f); }
+  static F32 load(const float* p) { return BNB_ISA::load(p); }
+  static void store(float* p, F32 a) { BNB_ISA::store(p, a); }
+  static F32 step(F32 sum, const float* lanes, float word) { return fma(BNB_ISA::load(lanes), splat(word), sum); }
+};
+
+// --- register tile ---------------------------------------------------------------------------------------
+
+// Sums held in registers: kTileRows rows of the scalar side by up to kTileVectors vectors.
+constexpr int kTileRows = kLanes == 1 ? 4 : kLanes == 16 ? 8 : 6;
+constexpr int kTileVectors = kLanes == 16 ? 3 : kLanes == 8 ? 2 : 4;
+constexpr int kTileLanes = kTileVectors * kLanes;
+
+// c[r][lane] (+)= sum over steps of scalars[r][step] * lanes[step][lane].
+template <class Product, int kVectors, int kRows = kTileRows>
+void multiply_tile(const typename Product::Word* scalars, int64_t scalar_stride, const typename Product::Word* lanes,
+                   int64_t lane_stride, int64_t steps, typename Product::Word* c, int64_t c_stride, bool add) {
+  using Sum = typename Product::Sum;
+  Sum sums[kRows][kVectors];
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      sums[r][v] = add ? Product::load(c + r * c_stride + v * kLanes) : Product::zero();
+    }
+  }
+  for (int64_t step = 0; step < steps; ++step) {
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) {
+        sums[r][v] = Product::step(sums[r][v], lanes + v * kLanes, scalars[r * scalar_stride + step]);
+      }
+    }
+    lanes += lane_stride;
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      Product::store(c + r * c_stride + v * kLanes, sums[r][v]);
+    }
+  }
+}
+
+// The same for `lane_count` lanes, a multiple of kLanes up to kTileLanes.
+template <class Product, int kRows = kTileRows>
+void multiply_tile_of(int64_t lane_count, const typename Product::Word* scalars, int64_t scalar_stride,
+                      const typename Product::Word* lanes, int64_t lane_stride, int64_t steps,
+                      typename Product::Word* c, int64_t c_stride, bool add) {
+  const int64_t vectors = lane_count / kLanes;
+  if (vectors == kTileVectors) {
+    multiply_tile<Product, kTileVectors, kRows>(scalars, scalar_stride, lanes, lane_stride, steps, c, c_stride, add);
+  } else if (kTileVectors > 3 && vectors == 3) {
+    multiply_tile<Product, 3, kRows>(scalars, scalar_stride, lanes, lane_stride, steps, c, c_stride, add);
+  } else if (kTileVectors > 2 && vectors == 2) {
+    multiply_tile<Product, 2, kRows>(scalars, scalar_stride, lanes, lane_stride, steps, c, c_stride, add);
+  } else {
+    multiply_tile<Product, 1, kRows>(scalars, scalar_stride, lanes, lane_stride, steps, c, c_stride, add);
+  }
+}
+
+// --- blocks ------------------------------------------------------------------------------------------------
+
+// A panel of the scalar side (kPanelRows x kPanelSteps words, 128 KiB), one tile of the vector side over
+// the same steps (up to 96 KiB) and their sums (96 KiB) stay in the second-level cache.
+constexpr int64_t kPanelSteps = 512;
+constexpr int64_t kPanelRows = 64 / kTileRows * kTileRows;
+// Off a power of two, so that the rows of a panel do not compete for the same lines of the cache.
+constexpr int64_t kPanelStride = kPanelSteps + 16;
+constexpr int64_t kBlockLanes = 384;
+// Bound on the packed vector side; beyond it the product is done slab by slab.
+constexpr int64_t kSlabBytes = int64_t{32} << 20;
+
+// out[lane][row] for all `lane_rows` rows of the vector side and `rows` rows of the scalar side. The vector
+// side is packed once; panels of the scalar side are made as they are needed, by each thread for itself.
+//   pack(lane_begin, lane_count, step_begin, step_count, words, width): words[step][lane], zero beyond
+//     lane_count up to `width`
+//   fill(row_begin, row_count, step_begin, step_count, words): words[row * kPanelStride + step]
+//   finish(lane_begin, lane_count, row_begin, row_count, sums, stride): sums[row * stride + lane]; may
+//     overwrite them, and the lanes up to the next multiple of kLanes exist
+template <class Product, class Pack, class Fill, class Finish>
+void multiply_blocked(int threads, int64_t lane_rows, int64_t rows, int64_t steps, const Pack& pack, const Fill& fill,
+                      const Finish& finish) {
+  using Word = typename Product::Word;
+  const int64_t slab_rows =
+      max_of(1, kSlabBytes / (max_of(1, steps) * static_cast<int64_t>(sizeof(Word))) / kBlockLanes) * kBlockLanes;
+  const int64_t slab_lanes = round_up(min_of(lane_rows, slab_rows), kLanes);
+  // Small products get smaller blocks, so that there is one for each thread.
+  const int64_t lane_blocks = ceil_divide(min_of(lane_rows, slab_rows), kBlockLanes);
+  const int64_t wanted = max_of(1, threads / lane_blocks);
+  const int64_t block_rows = min_of(kPanelRows, round_up(ceil_divide(rows, wanted), kTileRows));
+  const int64_t row_blocks = ceil_divide(rows, block_rows);
+  const int64_t parts = parts_of(threads, lane_blocks * row_blocks, lane_rows * rows * steps);
+  const int64_t block_lanes = min_of(kBlockLanes, slab_lanes);
+
+  Scratch scratch(Scratch::bytes_for<Word>(slab_lanes * steps) +
+                  parts * (Scratch::bytes_for<Word>(block_rows * kPanelStride) +
+                           Scratch::bytes_for<Word>(block_rows * block_lanes)));
+  Word* const packed = scratch.take<Word>(slab_lanes * steps);
+  Word* const panels = scratch.take<Word>(parts * block_rows * kPanelStride);
+  Word* const sums = scratch.take<Word>(parts * block_rows * block_lanes);
+
+  for (int64_t slab = 0; slab < lane_rows; slab += slab_rows) {
+    const int64_t count = min_of(slab_rows, lane_rows - slab), lanes = round_up(count, kLanes);
+    // A tile starts at its first lane times `steps`; tiles are cut in panels to have enough work for all.
+    const int64_t tiles = ceil_divide(lanes, kTileLanes), pieces = ceil_divide(steps, kPanelSteps);
+    parallel_parts(min_of(parts, tiles * pieces), tiles * pieces, [&](int64_t, int64_t begin, int64_t end) {
+      for (int64_t piece = begin; piece < end; ++piece) {
+        const int64_t lane = piece / pieces * kTileLanes, step = piece % pieces * kPanelSteps;
+        const int64_t width = min_of(kTileLanes, lanes - lane);
+        pack(slab + lane, min_of(width, count - lane), step, min_of(kPanelSteps, steps - step),
+             packed + lane * steps + step * width, width);
+      }
+    });
+
+    const int64_t blocks = ceil_divide(count, kBlockLanes);
+    parallel_parts(min_of(parts, blocks * row_blocks), blocks * row_blocks, [&](int64_t part, int64_t begin,
+                                                                               int64_t end) {
+      Word* const panel = panels + part * block_rows * kPanelStride;
+      Word* const c = sums + part * block_rows * block_lanes;
+      for (int64_t unit = begin; unit < end; ++unit) {
+        const int64_t row = unit / blocks * block_rows, row_count = min_of(block_rows, rows - row);
+        const int64_t first = unit % blocks * kBlockLanes, last = min_of(lanes, first + kBlockLanes);
+        if (steps == 0) {
+          memset(c, 0, static_cast<size_t>(block_rows * block_lanes) * sizeof(Word));
+        }
+        for (int64_t step = 0; step < steps; step += kPanelSteps) {
+          const int64_t step_count = min_of(kPanelSteps, steps - step);
+          fill(row, row_count, step, step_count, panel);
+          for (int64_t r = row_count; r < round_up(row_count, kTileRows); ++r) {
+            memset(panel + r * kPanelStride, 0, static_cast<size_t>(step_count) * sizeof(Word));
+          }
+          for (int64_t lane = first; lane < last; lane += kTileLanes) {
+            const int64_t width = min_of(kTileLanes, lanes - lane);
+            for (int64_t r = 0; r < row_count; r += kTileRows) {
+              multiply_tile_of<Product>(width, panel + r * kPanelStride, kPanelStride,
+                                        packed + lane * steps + step * width, width, step_count,
+                                        c + r * block_lanes + (lane - first), block_lanes, step > 0);
+            }
+          }
+        }
+        finish(slab + first, min_of(last - first, count - first), row, row_count, c, block_lanes);
+      }
+    });
+  }
+}
+
+// --- storing -----------------------------------------------------------------------------------------------
+
+BNB_FN void put_value(float value, float& out) { out = value; }
+BNB_FN void put_value(float value, bnb::Half& out) { out = bnb::to_half(value); }
+BNB_FN void put_value(float value, bnb::BFloat16& out) { out = bnb::to_bfloat16(value); }
+BNB_FN void put_value(int32_t value, int32_t& out) { out = value; }
+
+// out[lane * stride + row] = values[row * value_stride + lane].
+template <class Word, class T>
+void store_transposed(const Word* values, int64_t value_stride, int64_t lane_count, int64_t row_count, T* out,
+                      int64_t stride) {
+  constexpr int64_t kBlock = 16;
+  Word block[kBlock][kBlock];
+  for (int64_t row = 0; row < row_count; row += kBlock) {
+    const int64_t rows = min_of(kBlock, row_count - row);
+    for (int64_t lane = 0; lane < lane_count; lane += kBlock) {
+      const int64_t lanes = min_of(kBlock, lane_count - lane);
+      for (int64_t r = 0; r < rows; ++r) {
+        const Word* from = values + (row + r) * value_stride + lane;
+        for (int64_t l = 0; l < lanes; ++l) {
+          block[l][r] = from[l];
+        }
+      }
+      for (int64_t l = 0; l < lanes; ++l) {
+        T* to = out + (lane + l) * stride + row;
+        int64_t r = 0;
+        for (; r + kLanes <= rows; r += kLanes) {
+          store(to + r, load(block[l] + r));
+        }
+        for (; r < rows; ++r) {
+          put_value(block[l][r], to[r]);
+        }
+      }
+    }
+  }
+}
+
+// One value of a bias, which may have another dtype than the product.
+BNB_FN float bias_at(const void* bias, int dtype, int64_t index) {
+  switch (static_cast<bnb::Dtype>(dtype)) {
+    case bnb::Dtype::kFloat32:
+      return static_cast<const float*>(bias)[index];
+    case bnb::Dtype::kFloat16:
+      return bnb::to_float(static_cast<const bnb::Half*>(bias)[index]);
+    case bnb::Dtype::kBFloat16:
+      return bnb::to_float(static_cast<const bnb::BFloat16*>(bias)[index]);
+  }
+  return 0.0f;
+}
+
+}  // namespace BNB_ISA
+}  // namespace bnb_cpu

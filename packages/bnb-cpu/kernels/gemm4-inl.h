@@ -1,0 +1,351 @@
+// Products with a 4-bit weight. Few rows of activations go through gemm4_dot-inl.h; for more, panels of the
+// weight are decoded into the cache and multiplied there, so that a code is looked up once per few hundred
+// rows. The decoded weight as a whole never exists.
+#pragma once
+
+#include "gemm4_dot-inl.h"
+#include "table.h"
+
+namespace bnb_cpu {
+namespace BNB_ISA {
+
+// --- operands in words ---------------------------------------------------------------------------------
+
+// Decoded weights and activations as float.
+struct FloatOperands {
+  using Product = FloatProduct;
+  using Word = float;
+  static constexpr int kPerWord = 1;
+
+  template <class T>
+  static void set(Word* words, int64_t, T value) {
+    words[0] = bnb::to_float(value);
+  }
+
+  // Elements [k, k + count) of a row of the weight, zeros up to whole groups.
+  static void decode(const Weight4& weight, const Table16& table, int64_t row, int64_t k, int64_t count, Word* out) {
+    decode_row(weight, table, row, k, count, out);
+  }
+
+  // The same for the two rows that share words; here, one.
+  static void decode_lanes(const Weight4& weight, const Table16& table, int64_t step, int64_t k, int64_t count,
+                           Word* out) {
+    decode_row(weight, table, step, k, count, out);
+  }
+};
+
+#ifdef BNB_AVX512BF16
+struct BFloat16Product {
+  using Word = int32_t;
+  using Sum = F32;
+  static F32 zero() { return splat(0.0f); }
+  static F32 load(const Word* p) { return BNB_ISA::load(reinterpret_cast<const float*>(p)); }
+  static void store(Word* p, F32 a) { BNB_ISA::store(reinterpret_cast<float*>(p), a); }
+  static F32 step(F32 sum, const Word* lanes, Word word) {
+    return {_mm512_dpbf16_ps(sum.v, reinterpret_cast<__m512bh>(_mm512_loadu_si512(lanes)),
+                             reinterpret_cast<__m512bh>(_mm512_set1_epi32(word)))};
+  }
+};
+
+// Both as pairs of bfloat16, the weight rounded from its product with absmax, as a layer with a
+// dequantized weight has it. Subnormal numbers count as zero.
+struct BFloat16Operands {
+  using Product = BFloat16Product;
+  using Word = int32_t;
+  static constexpr int kPerWord = 2;
+
+  static void set(Word* words, int64_t part, bnb::BFloat16 value) {
+    memcpy(reinterpret_cast<char*>(words) + 2 * part, &value, sizeof value);
+  }
+
+  static __m512i round(F32 low, F32 high) {
+    return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high.v, low.v));
+  }
+
+  static void decode(const Weight4& weight, const Table16& table, int64_t row, int64_t k, int64_t count, Word* out) {
+    char* const bytes = reinterpret_cast<char*>(out);
+    if (weight.grouped_order) {
+      decode_grouped(weight, table, row, k, count, [bytes](int64_t offset, F32 even, F32 odd) {
+        _mm512_storeu_si512(bytes + 2 * offset, round(even, odd));
+      });
+      return;
+    }
+    float values[kChunk];
+    decode_row(weight, table, row, k, count, values);
+    for (int64_t at = 0; at < count; at += 2 * kLanes) {
+      _mm512_storeu_si512(bytes + 2 * at, round(load(values + at), load(values + at + kLanes)));
+    }
+  }
+
+  // A word holds the same element of two rows.
+  static void decode_lanes(const Weight4& weight, const Table16& table, int64_t step, int64_t k, int64_t count,
+                           Word* out) {
+    float first[kChunk], second[kChunk];
+    const int64_t row = 2 * step, padded = round_up(count, kGroup);
+    decode_row(weight, table, row, k, count, first);
+    if (row + 1 < weight.rows) {
+      decode_row(weight, table, row + 1, k, count, second);
+    } else {
+      memset(second, 0, static_cast<size_t>(padded) * sizeof(float));
+    }
+    const __m512i low_and_high = _mm512_set1_epi32(16 << 16);
+    const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    const __m512i interleave = _mm512_add_epi32(low_and_high, _mm512_or_si512(lanes, _mm512_slli_epi32(lanes, 16)));
+    for (int64_t at = 0; at < padded; at += kLanes) {
+      const __m512i words = round(load(first + at), load(second + at));
+      _mm512_storeu_si512(out + at, _mm512_permutexvar_epi16(interleave, words));
+    }
+  }
+};
+#endif
+
+template <class T>
+struct OperandsOf {
+  using type = FloatOperands;
+};
+#ifdef BNB_AVX512BF16
+template <>
+struct OperandsOf<bnb::BFloat16> {
+  using type = BFloat16Operands;
+};
+#endif
+
+// --- activations times the transposed weight -------------------------------------------------------------
+
+// Activations along the lanes, elements of a row along the steps in the order of the weight.
+template <class Operands, class T>
+void pack_activations(const T* a, int64_t width, bool grouped_order, int64_t lane_count, int64_t step, int64_t steps,
+                      typename Operands::Word* words, int64_t lanes) {
+  constexpr int kPerWord = Operands::kPerWord;
+  const int64_t first = step * kPerWord, last = min_of((step + steps) * kPerWord, width);
+  if (lane_count < lanes || last < (step + steps) * kPerWord) {
+    memset(words, 0, static_cast<size_t>(steps * lanes) * sizeof(*words));
+  }
+  // Group by group, so that what is written stays in the first-level cache.
+  for (int64_t group = first; group < last; group += kGroup) {
+    const int64_t count = min_of(kGroup, last - group);
+    for (int64_t lane = 0; lane < lane_count; ++lane) {
+      const T* from = a + lane * width + group;
+      for (int64_t k = 0; k < count; ++k) {
+        const int64_t place = group - first + (grouped_order ? grouped(k) : k);
+        Operands::set(words + place / kPerWord * lanes + lane, place % kPerWord, from[k]);
+      }
+    }
+  }
+}
+
+template <class T, class Finish>
+void multiply_many(const Weight4& weight, const T* a, int64_t count, int threads, const Finish& finish) {
+  using Operands = typename OperandsOf<T>::type;
+  using Word = typename Operands::Word;
+  constexpr int kPerWord = Operands::kPerWord;
+  const int64_t width = weight.width;
+  multiply_blocked<typename Operands::Product>(
+      threads, count, weight.rows, weight.padded_width() / kPerWord,
+      [&](int64_t lane, int64_t lane_count, int64_t step, int64_t steps, Word* words, int64_t lanes) {
+        pack_activations<Operands>(a + lane * width, width, weight.grouped_order, lane_count, step, steps, words,
+                                   lanes);
+      },
+      [&](int64_t row, int64_t row_count, int64_t step, int64_t steps, Word* words) {
+        const Table16 table(weight.values);
+        const int64_t k = step * kPerWord, elements = min_of(steps * kPerWord, width - k);
+        for (int64_t r = 0; r < row_count; ++r) {
+          Operands::decode(weight, table, row + r, k, elements, words + r * kPanelStride);
+        }
+      },
+      [&](int64_t lane, int64_t lane_count, int64_t row, int64_t row_count, Word* sums, int64_t stride) {
+        finish(lane, lane_count, row, row_count, reinterpret_cast<float*>(sums), stride);
+      });
+}
+
+template <class T>
+void multiply_4bit(const Weight4& weight, const T* a, int64_t count, const void* bias, int bias_dtype, T* out,
+                   int threads) {
+  const auto bias_of = [=](int64_t row) { return bias == nullptr ? 0.0f : bias_at(bias, bias_dtype, row); };
+  const int64_t left = count % kLanes;
+  // Rows that would leave most lanes of a last vector empty.
+  const int64_t few = count <= kDotRows ? count : left <= min_of(kDotRows, kLanes / 2) ? left : 0;
+  const int64_t many = count - few, features = weight.rows;
+  if (many > 0) {
+    multiply_many(weight, a, many, threads, [&](int64_t lane, int64_t lane_count, int64_t row, int64_t row_count,
+                                               float* sums, int64_t stride) {
+      if (bias != nullptr) {
+        for (int64_t r = 0; r < row_count; ++r) {
+          const F32 term = splat(bias_of(row + r));
+          for (int64_t l = 0; l < lane_count; l += kLanes) {
+            store(sums + r * stride + l, load(sums + r * stride + l) + term);
+          }
+        }
+      }
+      store_transposed(sums, stride, lane_count, row_count, out + lane * features + row, features);
+    });
+  }
+  if (few > 0) {
+    T* const to = out + many * features;
+    multiply_few(weight, a + many * weight.width, few, threads, [=](int64_t row, int64_t m, float sum) {
+      bnb::from_float(bias == nullptr ? sum : sum + bias_of(row), to[m * features + row]);
+    });
+  }
+}
+
+// --- activations times the weight ---------------------------------------------------------------------------
+
+// Here the lanes lie along the rows of the weight, in which direction it is decoded, and the steps across them.
+constexpr int64_t kStreamSteps = 128;
+constexpr int64_t kStreamRows = 128 / kTileRows * kTileRows;
+
+// c (+)= the product over a panel of `steps` steps and `lanes` lanes.
+template <class Product, class Word>
+void multiply_panel(const Word* scalars, int64_t scalar_stride, int64_t rows, const Word* panel, int64_t lanes,
+                    int64_t steps, Word* c, bool add) {
+  for (int64_t lane = 0; lane < lanes; lane += kTileLanes) {
+    const int64_t width = min_of(kTileLanes, lanes - lane);
+    for (int64_t r = 0; r < rows; r += kTileRows) {
+      const Word* from = scalars + r * scalar_stride;
+      Word* to = c + r * kBlockLanes + lane;
+      const int64_t left = rows - r;
+      if (left == 1) {
+        multiply_tile_of<Product, 1>(width, from, scalar_stride, panel + lane, lanes, steps, to, kBlockLanes, add);
+      } else if (left <= kTileRows / 2) {
+        multiply_tile_of<Product, kTileRows / 2>(width, from, scalar_stride, panel + lane, lanes, steps, to,
+                                                 kBlockLanes, add);
+      } else {
+        multiply_tile_of<Product>(width, from, scalar_stride, panel + lane, lanes, steps, to, kBlockLanes, add);
+      }
+    }
+  }
+}
+
+// Stores sums of `count` elements from `k` on, in plain order. `k` is a multiple of kGroup.
+template <class T>
+void store_ordered(const float* sums, bool grouped_order, int64_t count, T* out) {
+  float plain[kGroup];
+  for (int64_t at = 0; at < count; at += kGroup) {
+    const float* from = sums + at;
+    if (grouped_order) {
+      for (int64_t k = 0; k < kGroup; ++k) {
+        plain[k] = sums[at + grouped(k)];
+      }
+      from = plain;
+    }
+    const int64_t here = min_of(kGroup, count - at);
+    int64_t k = 0;
+    for (; k + kLanes <= here; k += kLanes) {
+      store(out + at + k, load(from + k));
+    }
+    for (; k < here; ++k) {
+      bnb::from_float(from[k], out[at + k]);
+    }
+  }
+}
+
+template <class T>
+void multiply_4bit_transposed(const Weight4& weight, const T* a, int64_t count, T* out, int threads) {
+  using Operands = typename OperandsOf<T>::type;
+  using Product = typename Operands::Product;
+  using Word = typename Operands::Word;
+  constexpr int kPerWord = Operands::kPerWord;
+  const int64_t width = weight.width, steps = ceil_divide(weight.rows, kPerWord), stride = steps + 16;
+  const int64_t slab_rows = min_of(
+      round_up(count, kTileRows),
+      max_of(1, kSlabBytes / (stride * static_cast<int64_t>(sizeof(Word))) / kStreamRows) * kStreamRows);
+  const int64_t block_rows = min_of(slab_rows, kStreamRows), lane_blocks = ceil_divide(width, kBlockLanes);
+  const int64_t units = ceil_divide(slab_rows, block_rows) * lane_blocks;
+  const int64_t parts = parts_of(threads, units, count * weight.rows * width);
+  Scratch scratch(Scratch::bytes_for<Word>(slab_rows * stride) +
+                  parts * (Scratch::bytes_for<Word>(kStreamSteps * kBlockLanes) +
+                           Scratch::bytes_for<Word>(block_rows * kBlockLanes)));
+  Word* const scalars = scratch.take<Word>(slab_rows * stride);
+  Word* const panels = scratch.take<Word>(parts * kStreamSteps * kBlockLanes);
+  Word* const sums = scratch.take<Word>(parts * block_rows * kBlockLanes);
+
+  for (int64_t slab = 0; slab < count; slab += slab_rows) {
+    const int64_t rows = min_of(slab_rows, count - slab), padded_rows = round_up(rows, kTileRows);
+    parallel_parts(min_of(parts, padded_rows), padded_rows, [&](int64_t, int64_t begin, int64_t end) {
+      for (int64_t r = begin; r < end; ++r) {
+        Word* to = scalars + r * stride;
+        memset(to, 0, static_cast<size_t>(stride) * sizeof(Word));
+        for (int64_t n = 0; r < rows && n < weight.rows; ++n) {
+          Operands::set(to + n / kPerWord, n % kPerWord, a[(slab + r) * weight.rows + n]);
+        }
+      }
+    });
+    const int64_t row_blocks = ceil_divide(rows, block_rows);
+    parallel_parts(min_of(parts, row_blocks * lane_blocks), row_blocks * lane_blocks, [&](int64_t part, int64_t begin,
+                                                                                         int64_t end) {
+      const Table16 table(weight.values);
+      Word* const panel = panels + part * kStreamSteps * kBlockLanes;
+      Word* const c = sums + part * block_rows * kBlockLanes;
+      for (int64_t unit = begin; unit < end; ++unit) {
+        const int64_t row = unit % row_blocks * block_rows, row_count = min_of(block_rows, rows - row);
+        const int64_t k = unit / row_blocks * kBlockLanes, elements = min_of(kBlockLanes, width - k);
+        const int64_t lanes = round_up(elements, kGroup);
+        if (steps == 0) {
+          memset(c, 0, static_cast<size_t>(block_rows * kBlockLanes) * sizeof(Word));
+        }
+        for (int64_t step = 0; step < steps; step += kStreamSteps) {
+          const int64_t step_count = min_of(kStreamSteps, steps - step);
+          for (int64_t s = 0; s < step_count; ++s) {
+            Operands::decode_lanes(weight, table, step + s, k, elements, panel + s * lanes);
+          }
+          multiply_panel<Product>(scalars + row * stride + step, stride, row_count, panel, lanes, step_count, c,
+                                  step > 0);
+        }
+        for (int64_t r = 0; r < row_count; ++r) {
+          store_ordered(reinterpret_cast<const float*>(c + r * kBlockLanes), weight.grouped_order, elements,
+                        out + (slab + row + r) * width + k);
+        }
+      }
+    });
+  }
+}
+
+// --- table -------------------------------------------------------------------------------------------------
+
+// Calls body(weight) with the codebook of nested statistics extended to all 256 codes.
+template <class Body>
+void with_weight4(const uint8_t* packed, int64_t rows, int64_t width, const float* absmax, const uint8_t* absmax_8bit,
+                  const float* code, int64_t code_size, const float* offset, int64_t blocksize, const float* values,
+                  const Body& body) {
+  float full_code[256];
+  for (int64_t i = 0; absmax_8bit != nullptr && i < 256; ++i) {
+    full_code[i] = code[min_of(i, code_size - 1)];
+  }
+  const Absmax4 statistics{absmax, absmax_8bit, full_code, absmax_8bit == nullptr ? 0.0f : *offset, 0};
+  body(make_weight4(packed, rows, width, blocksize, values, statistics));
+}
+
+void gemm_4bit(const void* a, int dtype, int64_t count, const uint8_t* packed, int64_t rows, int64_t width,
+               const float* absmax, const uint8_t* absmax_8bit, const float* code, int64_t code_size,
+               const float* offset, int64_t blocksize, const float* table, int quant_type, const void* bias,
+               int bias_dtype, void* out, int threads) {
+  const float* values = table == nullptr ? tables_4bit(quant_type).values : table;
+  with_weight4(packed, rows, width, absmax, absmax_8bit, code, code_size, offset, blocksize, values,
+               [&](const Weight4& weight) {
+                 with_dtype(dtype, [&](auto type) {
+                   using T = typename decltype(type)::type;
+                   multiply_4bit(weight, static_cast<const T*>(a), count, bias, bias_dtype, static_cast<T*>(out),
+                                 threads);
+                 });
+               });
+}
+
+void gemm_4bit_transposed(const void* a, int dtype, int64_t count, const uint8_t* packed, int64_t rows, int64_t width,
+                          const float* absmax, const uint8_t* absmax_8bit, const float* code, int64_t code_size,
+                          const float* offset, int64_t blocksize, int quant_type, void* out, int threads) {
+  with_weight4(packed, rows, width, absmax, absmax_8bit, code, code_size, offset, blocksize,
+               tables_4bit(quant_type).values, [&](const Weight4& weight) {
+                 with_dtype(dtype, [&](auto type) {
+                   using T = typename decltype(type)::type;
+                   multiply_4bit_transposed(weight, static_cast<const T*>(a), count, static_cast<T*>(out), threads);
+                 });
+               });
+}
+
+constexpr void fill_gemm4(Kernels& kernels) {
+  kernels.gemm_4bit = gemm_4bit;
+  kernels.gemm_4bit_transposed = gemm_4bit_transposed;
+}
+
+}  // namespace BNB_ISA
+}  // namespace bnb_cpu

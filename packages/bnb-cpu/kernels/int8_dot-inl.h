@@ -1,0 +1,188 @@
+// Few int8 rows times an int8 weight: inner products along the rows of the weight, exact modulo 2^32.
+#pragma once
+
+#include "gemm-inl.h"
+
+namespace bnb_cpu {
+namespace BNB_ISA {
+
+#if defined(BNB_AVX512VNNI)
+// The dot product takes unsigned by signed bytes: weights get 128 added (the sign bit flipped), and 128
+// times the sum of the activations is subtracted at the end.
+struct Int8Dot {
+  using Word = int8_t;
+  static constexpr int kStep = 64;
+  static constexpr int kRows = 8;
+
+  static void arrange(const int8_t* from, int64_t width, Word* out) {
+    memcpy(out, from, static_cast<size_t>(width));
+    memset(out + width, 0, static_cast<size_t>(round_up(width, kStep) - width));
+  }
+  static int32_t correction(const int8_t* from, int64_t width) {
+    int32_t sum = 0;
+    for (int64_t k = 0; k < width; ++k) {
+      sum += from[k];
+    }
+    return static_cast<int32_t>(static_cast<uint32_t>(sum) * 128u);
+  }
+
+  static __m512i weights(const int8_t* p) {
+    return _mm512_xor_si512(_mm512_loadu_si512(p), _mm512_set1_epi8(static_cast<char>(0x80)));
+  }
+  static __m512i weights(const int8_t* p, int64_t count) {
+    const __mmask64 mask = (uint64_t{1} << count) - 1;
+    return _mm512_xor_si512(_mm512_maskz_loadu_epi8(mask, p), _mm512_set1_epi8(static_cast<char>(0x80)));
+  }
+  static I32 step(I32 sum, __m512i weights, const Word* acts) {
+    return {_mm512_dpbusd_epi32(sum.v, weights, _mm512_loadu_si512(acts))};
+  }
+};
+#elif defined(__AVX2__)
+// Both sides as int16, whose products are added in pairs without overflow.
+struct Int8Dot {
+  using Word = int16_t;
+  static constexpr int kStep = 2 * kLanes;
+  static constexpr int kRows = kLanes == 16 ? 8 : 4;
+#if defined(__AVX512F__)
+  using Words = __m512i;
+  static Words weights(const int8_t* p) {
+    return _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
+  static I32 step(I32 sum, Words weights, const Word* acts) {
+    return {_mm512_add_epi32(sum.v, _mm512_madd_epi16(weights, _mm512_loadu_si512(acts)))};
+  }
+#else
+  using Words = __m256i;
+  static Words weights(const int8_t* p) {
+    return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
+  static I32 step(I32 sum, Words weights, const Word* acts) {
+    const __m256i act = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(acts));
+    return {_mm256_add_epi32(sum.v, _mm256_madd_epi16(weights, act))};
+  }
+#endif
+  static Words weights(const int8_t* p, int64_t count) {
+    int8_t bytes[kStep] = {};
+    memcpy(bytes, p, static_cast<size_t>(count));
+    return weights(bytes);
+  }
+  static void arrange(const int8_t* from, int64_t width, Word* out) {
+    for (int64_t k = 0; k < width; ++k) {
+      out[k] = from[k];
+    }
+    memset(out + width, 0, static_cast<size_t>(round_up(width, kStep) - width) * sizeof(Word));
+  }
+  static int32_t correction(const int8_t*, int64_t) { return 0; }
+};
+#else
+// Loops that compilers turn into the widening multiplications of the instruction set.
+struct Int8Dot {
+  using Word = int8_t;
+  static constexpr int kStep = 1;
+  static constexpr int kRows = 4;
+
+  static void arrange(const int8_t* from, int64_t width, Word* out) {
+    memcpy(out, from, static_cast<size_t>(width));
+  }
+  static int32_t correction(const int8_t*, int64_t) { return 0; }
+};
+#endif
+
+#if defined(__AVX2__)
+BNB_FN int32_t reduce_sum(I32 a) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_epi32(a.v);
+#else
+  __m128i half = _mm_add_epi32(_mm256_castsi256_si128(a.v), _mm256_extracti128_si256(a.v, 1));
+  half = _mm_add_epi32(half, _mm_shuffle_epi32(half, _MM_SHUFFLE(1, 0, 3, 2)));
+  half = _mm_add_epi32(half, _mm_shuffle_epi32(half, _MM_SHUFFLE(2, 3, 0, 1)));
+  return _mm_cvtsi128_si32(half);
+#endif
+}
+
+// out[r * kActs + m]: sums for kWeights rows of the weight, before the correction.
+template <int kWeights, int kActs>
+void dot_int8(const int8_t* weight, int64_t width, const Int8Dot::Word* acts, int64_t stride, int32_t* out) {
+  I32 sums[kWeights][kActs];
+  for (int r = 0; r < kWeights; ++r) {
+    for (int m = 0; m < kActs; ++m) {
+      sums[r][m] = splat(0);
+    }
+  }
+  const auto add = [&](int64_t k, const auto&... count) {
+#pragma GCC unroll 4
+    for (int r = 0; r < kWeights; ++r) {
+      const auto words = Int8Dot::weights(weight + r * width + k, count...);
+#pragma GCC unroll 8
+      for (int m = 0; m < kActs; ++m) {
+        sums[r][m] = Int8Dot::step(sums[r][m], words, acts + m * stride + k);
+      }
+    }
+  };
+  const int64_t whole = width / Int8Dot::kStep * Int8Dot::kStep;
+  for (int64_t k = 0; k < whole; k += Int8Dot::kStep) {
+    add(k);
+  }
+  if (whole < width) {
+    add(whole, width - whole);
+  }
+  for (int r = 0; r < kWeights; ++r) {
+    for (int m = 0; m < kActs; ++m) {
+      out[r * kActs + m] = reduce_sum(sums[r][m]);
+    }
+  }
+}
+#else
+template <int kWeights, int kActs>
+void dot_int8(const int8_t* weight, int64_t width, const int8_t* acts, int64_t stride, int32_t* out) {
+  for (int r = 0; r < kWeights; ++r) {
+    for (int m = 0; m < kActs; ++m) {
+      uint32_t sum = 0;
+      for (int64_t k = 0; k < width; ++k) {
+        sum += static_cast<uint32_t>(static_cast<int32_t>(weight[r * width + k]) * acts[m * stride + k]);
+      }
+      out[r * kActs + m] = static_cast<int32_t>(sum);
+    }
+  }
+}
+#endif
+
+// store(row, m, sum) for every row of the weight and kActs rows of `a`.
+template <int kActs, class Store>
+void multiply_int8_few(const int8_t* a, const int8_t* b, int64_t rows, int64_t width, int threads,
+                       const Store& store) {
+  using Word = Int8Dot::Word;
+  constexpr int kWeights = kActs <= 4 && kLanes == 16 ? 4 : 2;
+  const int64_t stride = round_up(width, Int8Dot::kStep);
+  Scratch scratch(Scratch::bytes_for<Word>(kActs * stride));
+  Word* const acts = scratch.take<Word>(kActs * stride);
+  int32_t corrections[kActs];
+  for (int m = 0; m < kActs; ++m) {
+    Int8Dot::arrange(a + m * width, width, acts + m * stride);
+    corrections[m] = Int8Dot::correction(a + m * width, width);
+  }
+  const int64_t units = ceil_divide(rows, kWeights), parts = parts_of(threads, units, rows * width * kActs);
+  parallel_parts(parts, units, [&](int64_t, int64_t begin, int64_t end) {
+    int32_t sums[kWeights * kActs];
+    const auto put = [&](int64_t row, int64_t m, int32_t sum) {
+      store(row, m, static_cast<int32_t>(static_cast<uint32_t>(sum) - static_cast<uint32_t>(corrections[m])));
+    };
+    int64_t row = begin * kWeights;
+    const int64_t last = min_of(end * kWeights, rows);
+    for (; row + kWeights <= last; row += kWeights) {
+      dot_int8<kWeights, kActs>(b + row * width, width, acts, stride, sums);
+      for (int i = 0; i < kWeights * kActs; ++i) {
+        put(row + i / kActs, i % kActs, sums[i]);
+      }
+    }
+    for (; row < last; ++row) {
+      dot_int8<1, kActs>(b + row * width, width, acts, stride, sums);
+      for (int m = 0; m < kActs; ++m) {
+        put(row, m, sums[m]);
+      }
+    }
+  });
+}
+
+}  // namespace BNB_ISA
+}  // namespace bnb_cpu

@@ -1,0 +1,44 @@
+// The codebook of an 8-bit optimizer state: blocks of codes to values and back.
+#pragma once
+
+#include "quant8-inl.h"
+
+namespace bnb_cpu {
+namespace BNB_ISA {
+
+class Codebook {
+ public:
+  void prepare(const float* qmap) {
+    memcpy(values_, qmap, sizeof values_);
+    fill_grid_codes(qmap, 256, grid_codes_);
+    grid_codes_[kNanPosition] = 0;
+  }
+
+  void decode(const uint8_t* codes, float absmax, int count, float* values) const {
+    const Table256 table(values_);
+    const F32 scale = splat(absmax);
+    int i = 0;
+    for (; i + kLanes <= count; i += kLanes) {
+      store(values + i, lookup(table, load_bytes(codes + i)) * scale);
+    }
+    for (; i < count; ++i) {
+      values[i] = values_[codes[i]] * absmax;
+    }
+  }
+
+  // absmax: that of the values, which are all finite.
+  void encode(const float* values, float absmax, int count, uint8_t* codes) const {
+    if (absmax == 0.0f) {
+      memset(codes, 0, static_cast<size_t>(count));
+    } else {
+      encode_block_8bit(values, count, 1.0f / absmax, grid_codes_, codes);
+    }
+  }
+
+ private:
+  alignas(64) float values_[256];
+  uint8_t grid_codes_[bnb::kGridPoints + 1];
+};
+
+}  // namespace BNB_ISA
+}  // namespace bnb_cpu

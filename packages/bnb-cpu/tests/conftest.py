@@ -1,0 +1,48 @@
+"""Tests of the CPU backend, through the ops of the core and through the native module."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+from bitsandbytes.backends.registry import REGISTRY
+from bnb_cpu.native import _C
+
+
+@pytest.fixture(scope="session", autouse=True)
+def served_by_this_backend() -> None:
+    """Without this, tests that compare with the reference would pass on the reference itself."""
+    entry = REGISTRY.entry("quantize_4bit", "cpu")
+    if entry is None:
+        pytest.exit("the CPU is not served by bnb-cpu: unset BNB_BACKENDS, and run these tests apart from those of core")
+
+
+@pytest.fixture(params=_C.supported_isas())
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each instruction set of this machine in turn."""
+    before = _C.isa()
+    _C.set_isa(request.param)
+    yield request.param
+    _C.set_isa(before)
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def run_python() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run code in a fresh interpreter; keyword arguments are environment variables."""
+
+    def run(code: str, **variables: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-c", code], env=os.environ | variables, capture_output=True, text=True, timeout=300
+        )
+
+    return run

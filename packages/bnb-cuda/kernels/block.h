@@ -1,0 +1,126 @@
+// Moving vectors of elements between memory and registers, and reductions over lanes.
+#pragma once
+
+#include <bnb/dtypes.h>
+
+#include "vendor.h"
+
+namespace bnb_gpu {
+
+__device__ __forceinline__ float to_float(float value) { return value; }
+__device__ __forceinline__ float to_float(half_t value) { return __half2float(value); }
+__device__ __forceinline__ float to_float(bfloat16_t value) { return __bfloat162float(value); }
+
+template <class T>
+__device__ __forceinline__ T from_float(float value);
+template <>
+__device__ __forceinline__ float from_float<float>(float value) {
+  return value;
+}
+template <>
+__device__ __forceinline__ half_t from_float<half_t>(float value) {
+  return __float2half_rn(value);
+}
+template <>
+__device__ __forceinline__ bfloat16_t from_float<bfloat16_t>(float value) {
+  return __float2bfloat16_rn(value);
+}
+
+// `kCount` elements that move as one or more 16-byte accesses (or one smaller access).
+template <class T, int kCount>
+struct alignas(sizeof(T) * kCount >= 16 ? 16 : sizeof(T) * kCount) Vector {
+  T values[kCount];
+};
+
+// Reads from global memory with a hint that the data is used once.
+template <class T, int kCount>
+__device__ __forceinline__ Vector<T, kCount> load_streaming(const T* from) {
+  Vector<T, kCount> result;
+  constexpr int kBytes = sizeof(T) * kCount;
+#ifndef BNB_HIP
+  if constexpr (kBytes % 16 == 0) {
+#pragma unroll
+    for (int i = 0; i < kBytes / 16; ++i) {
+      reinterpret_cast<uint4*>(&result)[i] = __ldcs(reinterpret_cast<const uint4*>(from) + i);
+    }
+    return result;
+  } else if constexpr (kBytes == 8) {
+    *reinterpret_cast<uint2*>(&result) = __ldcs(reinterpret_cast<const uint2*>(from));
+    return result;
+  } else if constexpr (kBytes == 4) {
+    *reinterpret_cast<unsigned*>(&result) = __ldcs(reinterpret_cast<const unsigned*>(from));
+    return result;
+  }
+#endif
+  result = *reinterpret_cast<const Vector<T, kCount>*>(from);
+  return result;
+}
+
+template <class T, int kCount>
+__device__ __forceinline__ void store_streaming(T* to, const Vector<T, kCount>& data) {
+  constexpr int kBytes = sizeof(T) * kCount;
+#ifndef BNB_HIP
+  if constexpr (kBytes % 16 == 0) {
+#pragma unroll
+    for (int i = 0; i < kBytes / 16; ++i) {
+      __stcs(reinterpret_cast<uint4*>(to) + i, reinterpret_cast<const uint4*>(&data)[i]);
+    }
+    return;
+  } else if constexpr (kBytes == 8) {
+    __stcs(reinterpret_cast<uint2*>(to), *reinterpret_cast<const uint2*>(&data));
+    return;
+  } else if constexpr (kBytes == 4) {
+    __stcs(reinterpret_cast<unsigned*>(to), *reinterpret_cast<const unsigned*>(&data));
+    return;
+  }
+#endif
+  *reinterpret_cast<Vector<T, kCount>*>(to) = data;
+}
+
+// Largest value over groups of `kWidth` neighbouring lanes, known to all of them.
+template <int kWidth, class T>
+__device__ __forceinline__ T group_max(T value) {
+#pragma unroll
+  for (int mask = kWidth / 2; mask > 0; mask >>= 1) {
+    const T other = shuffle_xor(value, mask);
+    value = other > value ? other : value;
+  }
+  return value;
+}
+
+template <int kWidth, class T>
+__device__ __forceinline__ T group_sum(T value) {
+#pragma unroll
+  for (int mask = kWidth / 2; mask > 0; mask >>= 1) {
+    value += shuffle_xor(value, mask);
+  }
+  return value;
+}
+
+// Largest value over a thread block of up to 32 groups of lanes, known to all threads. `scratch` has
+// room for 32 values; the caller synchronises before it is used again.
+template <class T>
+__device__ __forceinline__ T block_max(T value, T* scratch) {
+  value = group_max<kLanes>(value);
+  const int lane = threadIdx.x % kLanes, group = threadIdx.x / kLanes, groups = blockDim.x / kLanes;
+  if (lane == 0) {
+    scratch[group] = value;
+  }
+  __syncthreads();
+  value = lane < groups ? scratch[lane] : scratch[0];
+  return group_max<kLanes>(value);
+}
+
+template <class T>
+__device__ __forceinline__ T block_sum(T value, T* scratch) {
+  value = group_sum<kLanes>(value);
+  const int lane = threadIdx.x % kLanes, group = threadIdx.x / kLanes, groups = blockDim.x / kLanes;
+  if (lane == 0) {
+    scratch[group] = value;
+  }
+  __syncthreads();
+  value = lane < groups ? scratch[lane] : T(0);
+  return group_sum<kLanes>(value);
+}
+
+}  // namespace bnb_gpu

@@ -1,0 +1,252 @@
+// 8-bit block-wise codes under a codebook of up to 256 values, and back.
+#include <type_traits>
+
+#include "codes8.h"
+#include "kernels.h"
+
+namespace bnb_gpu {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kPerLane = 8;
+constexpr int kPerGroup = kPerLane * kLanes;
+
+template <class T>
+__device__ __forceinline__ Vector<T, kPerLane> load_values(const T* x, int64_t begin, int64_t count) {
+  if (begin + kPerLane <= count) {
+    return load_streaming<T, kPerLane>(x + begin);
+  }
+  Vector<T, kPerLane> values;
+#pragma unroll
+  for (int i = 0; i < kPerLane; ++i) {
+    values.values[i] = begin + i < count ? x[begin + i] : from_float<T>(0.0f);
+  }
+  return values;
+}
+
+template <class T>
+__device__ __forceinline__ unsigned largest_magnitude(const Vector<T, kPerLane>& values) {
+  unsigned largest = 0;
+#pragma unroll
+  for (int i = 0; i < kPerLane; ++i) {
+    largest = max(largest, bnb::magnitude_bits_or_zero(to_float(values.values[i])));
+  }
+  return largest;
+}
+
+template <class T>
+__device__ __forceinline__ void store_codes(const Vector<T, kPerLane>& values, float absmax, const Encoder8& encoder,
+                                            uint8_t* codes, int64_t begin, int64_t count) {
+  const float inverse = 1.0f / absmax;
+  Vector<uint8_t, kPerLane> out;
+#pragma unroll
+  for (int i = 0; i < kPerLane; ++i) {
+    out.values[i] = encoder(bnb::scaled_8bit(to_float(values.values[i]), inverse, absmax));
+  }
+  if (begin + kPerLane <= count) {
+    store_streaming<uint8_t, kPerLane>(codes + begin, out);
+    return;
+  }
+  for (int i = 0; begin + i < count; ++i) {
+    codes[begin + i] = out.values[i];
+  }
+}
+
+// Blocks of kBlock = 64 ... 256 values, in groups of lanes; 512 ... 4096 in groups of threads.
+template <class T, int kBlock>
+__global__ void __launch_bounds__(kBlock <= kPerGroup ? 256 : 512)
+    quantize8(const T* __restrict__ x, int64_t count, const float* __restrict__ code, int code_size,
+              uint8_t* __restrict__ codes, float* __restrict__ absmax) {
+  constexpr bool kInGroup = kBlock <= kPerGroup;
+  constexpr int kBlockThreads = kInGroup ? 256 : 512;
+  constexpr int kUnroll = kInGroup ? (sizeof(T) == 4 ? 2 : 4) : 1;
+  __shared__ Encoder8::Storage storage;
+  __shared__ unsigned largest[kBlockThreads / kLanes];
+  const Encoder8 encoder(storage, code, code_size);
+  __syncthreads();
+  const int lane = threadIdx.x % kLanes, group = threadIdx.x / kLanes;
+  constexpr int kTile = kBlockThreads * kPerLane * kUnroll;
+  for (int64_t tile = static_cast<int64_t>(blockIdx.x) * kTile; tile < count;
+       tile += static_cast<int64_t>(gridDim.x) * kTile) {
+    const int64_t begin = tile + group * (kPerGroup * kUnroll) + lane * kPerLane;
+    Vector<T, kPerLane> values[kUnroll];
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      values[u] = load_values(x, begin + u * kPerGroup, count);
+    }
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      const int64_t first = begin + u * kPerGroup;
+      unsigned bits = largest_magnitude(values[u]);
+      if constexpr (kInGroup) {
+        bits = group_max<kBlock / kPerLane>(bits);
+      } else {
+        constexpr int kGroups = kBlock / kPerGroup;
+        bits = group_max<kLanes>(bits);
+        __syncthreads();
+        if (lane == 0) {
+          largest[group] = bits;
+        }
+        __syncthreads();
+#pragma unroll
+        for (int g = 0; g < kGroups; ++g) {
+          bits = max(bits, largest[group / kGroups * kGroups + g]);
+        }
+      }
+      if (first < count) {
+        const float scale = bnb::float_of(bits);
+        store_codes(values[u], scale, encoder, codes, first, count);
+        if (first % kBlock == 0) {
+          absmax[first / kBlock] = scale;
+        }
+      }
+    }
+  }
+}
+
+// Any block size: a thread block takes a block of values, in two passes.
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    quantize8_any(const T* __restrict__ x, int64_t count, int64_t blocksize, const float* __restrict__ code,
+                  int code_size, uint8_t* __restrict__ codes, float* __restrict__ absmax) {
+  __shared__ Encoder8::Storage storage;
+  __shared__ unsigned scratch[kLanes];
+  const Encoder8 encoder(storage, code, code_size);
+  __syncthreads();
+  const int64_t blocks = (count + blocksize - 1) / blocksize;
+  for (int64_t block = blockIdx.x; block < blocks; block += gridDim.x) {
+    const int64_t begin = block * blocksize, end = begin + blocksize < count ? begin + blocksize : count;
+    unsigned bits = 0;
+    for (int64_t i = begin + threadIdx.x; i < end; i += blockDim.x) {
+      bits = max(bits, bnb::magnitude_bits_or_zero(to_float(x[i])));
+    }
+    bits = block_max(bits, scratch);
+    const float scale = bnb::float_of(bits), inverse = 1.0f / scale;
+    for (int64_t i = begin + threadIdx.x; i < end; i += blockDim.x) {
+      codes[i] = encoder(bnb::scaled_8bit(to_float(x[i]), inverse, scale));
+    }
+    if (threadIdx.x == 0) {
+      absmax[block] = scale;
+    }
+    __syncthreads();
+  }
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    dequantize8(const uint8_t* __restrict__ codes, const float* __restrict__ absmax, const float* __restrict__ code,
+                int code_size, int64_t count, int block_shift, T* __restrict__ out) {
+  constexpr int kUnroll = 4;
+  __shared__ float table[256];
+  load_table(table, code, code_size);
+  __syncthreads();
+  const int lane = threadIdx.x % kLanes, group = threadIdx.x / kLanes;
+  constexpr int kTile = kThreads * kPerLane * kUnroll;
+  for (int64_t tile = static_cast<int64_t>(blockIdx.x) * kTile; tile < count;
+       tile += static_cast<int64_t>(gridDim.x) * kTile) {
+    const int64_t begin = tile + group * (kPerGroup * kUnroll) + lane * kPerLane;
+    Vector<uint8_t, kPerLane> words[kUnroll];
+    float scales[kUnroll];
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      const int64_t first = begin + u * kPerGroup;
+      words[u] = load_values(codes, first, count, 0);
+      scales[u] = first < count ? __ldg(absmax + (first >> block_shift)) : 0.0f;
+    }
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      const int64_t first = begin + u * kPerGroup;
+      Vector<T, kPerLane> values;
+#pragma unroll
+      for (int i = 0; i < kPerLane; ++i) {
+        values.values[i] = from_float<T>(table[words[u].values[i]] * scales[u]);
+      }
+      if (first + kPerLane <= count) {
+        *reinterpret_cast<Vector<T, kPerLane>*>(out + first) = values;
+      } else {
+        for (int i = 0; first + i < count; ++i) {
+          out[first + i] = values.values[i];
+        }
+      }
+    }
+  }
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    dequantize8_any(const uint8_t* __restrict__ codes, const float* __restrict__ absmax,
+                    const float* __restrict__ code, int code_size, int64_t count, int64_t blocksize,
+                    T* __restrict__ out) {
+  __shared__ float table[256];
+  load_table(table, code, code_size);
+  __syncthreads();
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < count;
+       i += static_cast<int64_t>(gridDim.x) * blockDim.x) {
+    out[i] = from_float<T>(table[codes[i]] * absmax[i / blocksize]);
+  }
+}
+
+template <class T, int kBlock>
+void launch_quantize(const Launch& launch, const T* x, int64_t count, const float* code, int code_size, uint8_t* codes,
+                     float* absmax) {
+  constexpr bool kInGroup = kBlock <= kPerGroup;
+  constexpr int kBlockThreads = kInGroup ? 256 : 512;
+  constexpr int kTile = kBlockThreads * kPerLane * (kInGroup ? (sizeof(T) == 4 ? 2 : 4) : 1);
+  quantize8<T, kBlock><<<launch.grid(ceil_div(count, kTile), kInGroup ? 8 : 4), kBlockThreads, 0, launch.stream()>>>(
+      x, count, code, code_size, codes, absmax);
+}
+
+}  // namespace
+
+void quantize_blockwise(const Launch& launch, const void* x, int dtype, int64_t count, int64_t blocksize,
+                        const float* code, int code_size, uint8_t* codes, float* absmax) {
+  if (count == 0) {
+    return;
+  }
+  with_dtype(dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    const T* from = static_cast<const T*>(x);
+    switch (blocksize) {
+      case 64:
+        return launch_quantize<T, 64>(launch, from, count, code, code_size, codes, absmax);
+      case 128:
+        return launch_quantize<T, 128>(launch, from, count, code, code_size, codes, absmax);
+      case 256:
+        return launch_quantize<T, 256>(launch, from, count, code, code_size, codes, absmax);
+      case 512:
+        return launch_quantize<T, 512>(launch, from, count, code, code_size, codes, absmax);
+      case 1024:
+        return launch_quantize<T, 1024>(launch, from, count, code, code_size, codes, absmax);
+      case 2048:
+        return launch_quantize<T, 2048>(launch, from, count, code, code_size, codes, absmax);
+      case 4096:
+        return launch_quantize<T, 4096>(launch, from, count, code, code_size, codes, absmax);
+      default:
+        quantize8_any<T><<<launch.grid(ceil_div(count, blocksize), 8), kThreads, 0, launch.stream()>>>(
+            from, count, blocksize, code, code_size, codes, absmax);
+    }
+  });
+  check_launch("quantize_blockwise");
+}
+
+void dequantize_blockwise(const Launch& launch, const uint8_t* codes, const float* absmax, const float* code,
+                          int code_size, int64_t count, int64_t blocksize, void* out, int dtype) {
+  if (count == 0) {
+    return;
+  }
+  const int shift = exact_log2(blocksize);
+  with_dtype(dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    T* to = static_cast<T*>(out);
+    if (shift >= 3) {
+      dequantize8<T><<<launch.grid(ceil_div(count, kThreads * kPerLane * 4), 8), kThreads, 0, launch.stream()>>>(
+          codes, absmax, code, code_size, count, shift, to);
+    } else {
+      dequantize8_any<T><<<launch.grid(ceil_div(count, kThreads), 16), kThreads, 0, launch.stream()>>>(
+          codes, absmax, code, code_size, count, blocksize, to);
+    }
+  });
+  check_launch("dequantize_blockwise");
+}
+
+}  // namespace bnb_gpu

@@ -1,0 +1,143 @@
+// 4-bit codes on the device: tables, the branch-free search, decoding, statistics.
+#pragma once
+
+#include <bnb/quant.h>
+
+#include "block.h"
+#include "kernels.h"
+
+namespace bnb_gpu {
+
+// Constant memory, so that an index known at run time costs no copy of the table.
+namespace tables4 {
+static __constant__ float kValues[2][16] = {{BNB_NF4_VALUES}, {BNB_FP4_VALUES}};
+static __constant__ float kMidpoints[2][15] = {{BNB_NF4_MIDPOINTS}, {BNB_FP4_MIDPOINTS}};
+static __constant__ uint8_t kOrder[2][16] = {{BNB_NF4_ORDER}, {BNB_FP4_ORDER}};
+constexpr float kFp4Midpoints[15] = {BNB_FP4_MIDPOINTS};
+constexpr unsigned kFp4Order[16] = {BNB_FP4_ORDER};
+}  // namespace tables4
+
+template <int kType>
+struct Tables4 {
+  __device__ static float value(int code) { return tables4::kValues[kType][code]; }
+  __device__ static float midpoint(int rank) { return tables4::kMidpoints[kType][rank]; }
+  __device__ static unsigned code(int rank) { return tables4::kOrder[kType][rank]; }
+};
+
+// Finds the code of a scaled value in [-1, 1] with one table look-up and one comparison: the same
+// result as bnb::rank_4bit on the midpoints.
+//
+// The value is rounded to a grid of 31 cells, narrower than the distance of any two midpoints, so each
+// cell holds at most one midpoint; its entry has that midpoint and the codes on either side. A cell
+// knows midpoints a little beyond its border, too, which makes the rounding at the border harmless.
+// FP4 has three midpoints around zero in one cell; two comparisons more decide there.
+template <int kType>
+struct Encoder4 {
+  static constexpr int kCells = 32;
+  static constexpr bool kTiny = kType == static_cast<int>(bnb::QuantType::kFp4);
+  // Adding this to a float32 leaves the rounded value in the low bits of its pattern.
+  static constexpr float kRounder = 12582912.0f;
+  static constexpr float kScale = 15.0f;
+
+  const uint2* cells;
+
+  // All threads of the block call this; the caller synchronises afterwards.
+  __device__ static void build(uint2* shared) {
+    for (int i = threadIdx.x; i < kCells; i += blockDim.x) {
+      const int cell = i < 16 ? i : i - kCells;
+      const float low = (cell - 0.5f) / kScale - 1e-4f, high = (cell + 0.5f) / kScale + 1e-4f;
+      int rank = 0;
+      for (int k = 0; k < 15; ++k) {
+        rank += Tables4<kType>::midpoint(k) < low;
+      }
+      if (kTiny && cell == 0) {
+        rank = 7;
+      }
+      const bool crossed = rank < 15 && Tables4<kType>::midpoint(rank < 15 ? rank : 14) <= high;
+      const unsigned below = Tables4<kType>::code(rank), above = Tables4<kType>::code(crossed ? rank + 1 : rank);
+      shared[i] = make_uint2(bnb::bits_of(crossed ? Tables4<kType>::midpoint(rank) : 2.0f), below | above << 16);
+    }
+  }
+
+  __device__ __forceinline__ unsigned operator()(float scaled) const {
+    const unsigned cell = bnb::bits_of(__fmaf_rn(scaled, kScale, kRounder)) & (kCells - 1);
+    const uint2 entry = cells[cell];
+    unsigned code = scaled > bnb::float_of(entry.x) ? entry.y >> 16 : entry.y & 0xffffu;
+    if (kTiny && cell == 0) {
+      constexpr float kNegative = tables4::kFp4Midpoints[6], kPositive = tables4::kFp4Midpoints[8];
+      constexpr unsigned kBelow = tables4::kFp4Order[6], kAbove = tables4::kFp4Order[9];
+      code = scaled <= kNegative ? kBelow : code;
+      code = scaled > kPositive ? kAbove : code;
+    }
+    return code;
+  }
+
+  // For values that need not be finite.
+  __device__ static unsigned any(float scaled) {
+    int rank = 0;
+    for (int k = 0; k < 15; ++k) {
+      rank += !(scaled <= Tables4<kType>::midpoint(k));
+    }
+    return Tables4<kType>::code(rank);
+  }
+};
+
+// absmax of a block.
+template <bool kNested>
+struct BlockScale {
+  const Statistics statistics;
+  const float* code;  // in shared memory
+  float offset;
+  int nested_shift;   // log2 of the nested block size, or -1
+
+  // `shared` has room for 256 values. All threads call this; the caller synchronises afterwards.
+  __device__ BlockScale(const Statistics& given, float* shared, int shift)
+      : statistics(given), code(shared), offset(0.0f), nested_shift(shift) {
+    if (kNested) {
+      for (int i = threadIdx.x; i < 256; i += blockDim.x) {
+        shared[i] = given.code[i < given.code_size ? i : given.code_size - 1];
+      }
+      offset = *given.offset;
+    }
+  }
+
+  __device__ __forceinline__ float operator()(int64_t block) const {
+    if (!kNested) {
+      return __ldg(statistics.absmax + block);
+    }
+    const int64_t outer = nested_shift >= 0 ? block >> nested_shift : block / statistics.nested_blocksize;
+    return bnb::nested_absmax(code[__ldg(statistics.absmax_8bit + block)], __ldg(statistics.absmax + outer), offset);
+  }
+};
+
+// log2 of a power of two, -1 for other numbers.
+inline int exact_log2(int64_t value) {
+  if (value <= 0 || (value & (value - 1)) != 0) {
+    return -1;
+  }
+  int shift = 0;
+  while ((int64_t{1} << shift) < value) {
+    ++shift;
+  }
+  return shift;
+}
+
+template <class Body>
+void with_quant_type(int quant_type, Body&& body) {
+  if (quant_type == static_cast<int>(bnb::QuantType::kNf4)) {
+    body(std::integral_constant<int, static_cast<int>(bnb::QuantType::kNf4)>{});
+  } else {
+    body(std::integral_constant<int, static_cast<int>(bnb::QuantType::kFp4)>{});
+  }
+}
+
+template <class Body>
+void with_nested(const Statistics& statistics, Body&& body) {
+  if (statistics.absmax_8bit != nullptr) {
+    body(std::integral_constant<bool, true>{});
+  } else {
+    body(std::integral_constant<bool, false>{});
+  }
+}
+
+}  // namespace bnb_gpu

@@ -1,0 +1,97 @@
+// Host side of a launch: the right device, the grid, errors with names, element types.
+#pragma once
+
+#include <bnb/dtypes.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "vendor.h"
+
+namespace bnb_gpu {
+
+inline void check(gpuError_t status, const char* what) {
+  if (status != gpuSuccess) {
+    throw std::runtime_error(std::string("bnb-cuda: ") + what + ": " + gpuGetErrorString(status));
+  }
+}
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Properties of a device, read once.
+struct DeviceInfo {
+  int processors;
+  int capability;  // 90 for compute capability 9.0
+};
+
+inline const DeviceInfo& device_info(int device) {
+  constexpr int kMaxDevices = 64;
+  static DeviceInfo known[kMaxDevices] = {};
+  DeviceInfo& info = known[device];
+  if (info.processors == 0) {
+    int processors = 0, major = 0, minor = 0;
+    check(gpuDeviceGetAttribute(&processors, gpuDevAttrMultiProcessorCount, device), "reading device attributes");
+    check(gpuDeviceGetAttribute(&major, gpuDevAttrComputeCapabilityMajor, device), "reading device attributes");
+    check(gpuDeviceGetAttribute(&minor, gpuDevAttrComputeCapabilityMinor, device), "reading device attributes");
+    info.capability = major * 10 + minor;
+    info.processors = processors;
+  }
+  return info;
+}
+
+// Where a kernel runs. Makes the device current while it exists; torch's current device may be another.
+class Launch {
+ public:
+  Launch(int device, uintptr_t stream) : stream_(reinterpret_cast<gpuStream_t>(stream)), device_(device) {
+    check(gpuGetDevice(&previous_), "asking for the current device");
+    if (previous_ != device_) {
+      check(gpuSetDevice(device_), "switching device");
+    }
+  }
+  ~Launch() {
+    if (previous_ != device_) {
+      (void)gpuSetDevice(previous_);
+    }
+  }
+  Launch(const Launch&) = delete;
+  Launch& operator=(const Launch&) = delete;
+
+  gpuStream_t stream() const { return stream_; }
+  int processors() const { return device_info(device_).processors; }
+  int capability() const { return device_info(device_).capability; }
+  int device() const { return device_; }
+
+  // Thread blocks of a persistent grid: enough for the work, at most `per_processor` on each.
+  unsigned grid(int64_t work, int per_processor) const {
+    const int64_t most = static_cast<int64_t>(processors()) * per_processor;
+    return static_cast<unsigned>(work < most ? (work > 0 ? work : 1) : most);
+  }
+
+ private:
+  gpuStream_t stream_;
+  int device_;
+  int previous_ = 0;
+};
+
+inline void check_launch(const char* kernel) { check(gpuGetLastError(), kernel); }
+
+template <class T>
+struct Type {
+  using type = T;
+};
+
+// Calls `body` with Type<T>{} for the element type of `dtype`, a number of bnb::Dtype.
+template <class Body>
+void with_dtype(int dtype, Body&& body) {
+  switch (static_cast<bnb::Dtype>(dtype)) {
+    case bnb::Dtype::kFloat32:
+      return body(Type<float>{});
+    case bnb::Dtype::kFloat16:
+      return body(Type<half_t>{});
+    case bnb::Dtype::kBFloat16:
+      return body(Type<bfloat16_t>{});
+  }
+  throw std::invalid_argument("bnb-cuda: unknown dtype number " + std::to_string(dtype));
+}
+
+}  // namespace bnb_gpu

@@ -1,0 +1,238 @@
+// Values to packed 4-bit codes and one absmax per block.
+//
+// A lane holds 8 neighbouring values: one 16-byte load for 16-bit types, one 4-byte store of codes.
+// Blocks of up to 256 values live in a group of lanes, larger ones in several groups of a thread block.
+#include <type_traits>
+
+#include "codes4.h"
+#include "kernels.h"
+
+namespace bnb_gpu {
+namespace {
+
+constexpr int kPerLane = 8;
+constexpr int kPerGroup = kPerLane * kLanes;
+constexpr int kThreads = 256;
+
+template <class T>
+__device__ __forceinline__ Vector<T, kPerLane> load_values(const T* x, int64_t begin, int64_t count) {
+  if (begin + kPerLane <= count) {
+    return load_streaming<T, kPerLane>(x + begin);
+  }
+  Vector<T, kPerLane> values;
+#pragma unroll
+  for (int i = 0; i < kPerLane; ++i) {
+    values.values[i] = begin + i < count ? x[begin + i] : from_float<T>(0.0f);
+  }
+  return values;
+}
+
+template <class T>
+__device__ __forceinline__ unsigned largest_magnitude(const Vector<T, kPerLane>& values) {
+  unsigned largest = 0;
+#pragma unroll
+  for (int i = 0; i < kPerLane; ++i) {
+    largest = max(largest, bnb::magnitude_bits(to_float(values.values[i])));
+  }
+  return largest;
+}
+
+// Writes the codes of 8 values, four bytes, fewer at the end of the tensor.
+__device__ __forceinline__ void store_codes(uint8_t* packed, int64_t begin, int64_t count, unsigned word) {
+  if (begin + kPerLane <= count) {
+    __stcs(reinterpret_cast<unsigned*>(packed + begin / 2), word);
+    return;
+  }
+  for (int i = 0; begin + 2 * i < count; ++i) {
+    packed[begin / 2 + i] = static_cast<uint8_t>(word >> (8 * i));
+  }
+}
+
+template <class T, int kType>
+__device__ __forceinline__ unsigned encode(const Vector<T, kPerLane>& values, unsigned absmax_bits, bool partial,
+                                           const Encoder4<kType>& encoder) {
+  const float absmax = bnb::float_of(absmax_bits);
+  const float floored = bnb::clamp_absmax_4bit(absmax);
+  unsigned word = 0;
+  if (absmax_bits < 0x7f800000u) {
+    const float inverse = 1.0f / floored;
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) {
+      const float value = to_float(values.values[i]);
+      // A partial last block is divided; see the reference.
+      const unsigned code = encoder(partial ? value / floored : value * inverse);
+      word |= code << (i % 2 == 0 ? 4 * i + 4 : 4 * i - 4);
+    }
+    return word;
+  }
+  for (int i = 0; i < kPerLane; ++i) {
+    const float value = to_float(values.values[i]);
+    const float scaled = partial ? value / absmax : value * (1.0f / absmax);
+    word |= Encoder4<kType>::any(scaled) << (i % 2 == 0 ? 4 * i + 4 : 4 * i - 4);
+  }
+  return word;
+}
+
+__device__ __forceinline__ float stored_absmax(unsigned bits, bool partial) {
+  const float absmax = bnb::float_of(bits);
+  return partial ? bnb::clamp_absmax_4bit(absmax) : absmax;
+}
+
+// Blocks of kBlock = 32 ... 256 values, each in kBlock / 8 lanes.
+template <class T, int kType, int kBlock>
+__global__ void __launch_bounds__(kThreads)
+    quantize4_lanes(const T* __restrict__ x, int64_t count, uint8_t* __restrict__ packed, float* __restrict__ absmax) {
+  constexpr int kUnroll = sizeof(T) == 4 ? 2 : 4;
+  constexpr int kTile = kThreads * kPerLane * kUnroll;
+  __shared__ uint2 cells[Encoder4<kType>::kCells];
+  Encoder4<kType>::build(cells);
+  __syncthreads();
+  const Encoder4<kType> encoder{cells};
+  const int64_t full = count / kBlock;
+  const int lane = threadIdx.x % kLanes, group = threadIdx.x / kLanes;
+  for (int64_t tile = static_cast<int64_t>(blockIdx.x) * kTile; tile < count;
+       tile += static_cast<int64_t>(gridDim.x) * kTile) {
+    const int64_t begin = tile + group * (kPerGroup * kUnroll) + lane * kPerLane;
+    Vector<T, kPerLane> values[kUnroll];
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      values[u] = load_values(x, begin + u * kPerGroup, count);
+    }
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      const int64_t first = begin + u * kPerGroup, block = first / kBlock;
+      const unsigned bits = group_max<kBlock / kPerLane>(largest_magnitude(values[u]));
+      if (first < count) {
+        const bool partial = block >= full;
+        store_codes(packed, first, count, encode<T, kType>(values[u], bits, partial, encoder));
+        if (first % kBlock == 0) {
+          absmax[block] = stored_absmax(bits, partial);
+        }
+      }
+    }
+  }
+}
+
+// Blocks of kBlock = 512 ... 4096 values, each in kBlock / 8 threads.
+template <class T, int kType, int kBlock>
+__global__ void __launch_bounds__(512)
+    quantize4_groups(const T* __restrict__ x, int64_t count, uint8_t* __restrict__ packed, float* __restrict__ absmax) {
+  constexpr int kGroups = kBlock / kPerGroup;
+  __shared__ uint2 cells[Encoder4<kType>::kCells];
+  __shared__ unsigned largest[512 / kLanes];
+  Encoder4<kType>::build(cells);
+  const Encoder4<kType> encoder{cells};
+  const int64_t full = count / kBlock;
+  const int lane = threadIdx.x % kLanes, group = threadIdx.x / kLanes;
+  constexpr int kTile = 512 * kPerLane;
+  for (int64_t tile = static_cast<int64_t>(blockIdx.x) * kTile; tile < count;
+       tile += static_cast<int64_t>(gridDim.x) * kTile) {
+    const int64_t first = tile + static_cast<int64_t>(threadIdx.x) * kPerLane;
+    const Vector<T, kPerLane> values = load_values(x, first, count);
+    unsigned bits = group_max<kLanes>(largest_magnitude(values));
+    __syncthreads();
+    if (lane == 0) {
+      largest[group] = bits;
+    }
+    __syncthreads();
+#pragma unroll
+    for (int g = 0; g < kGroups; ++g) {
+      bits = max(bits, largest[group / kGroups * kGroups + g]);
+    }
+    if (first < count) {
+      const int64_t block = first / kBlock;
+      const bool partial = block >= full;
+      store_codes(packed, first, count, encode<T, kType>(values, bits, partial, encoder));
+      if (first % kBlock == 0) {
+        absmax[block] = stored_absmax(bits, partial);
+      }
+    }
+  }
+}
+
+// Any even block size: a thread block takes a block of values, in two passes.
+template <class T, int kType>
+__global__ void __launch_bounds__(kThreads)
+    quantize4_any(const T* __restrict__ x, int64_t count, int64_t blocksize, uint8_t* __restrict__ packed,
+                  float* __restrict__ absmax) {
+  __shared__ unsigned scratch[kLanes];
+  const int64_t blocks = (count + blocksize - 1) / blocksize, full = count / blocksize;
+  for (int64_t block = blockIdx.x; block < blocks; block += gridDim.x) {
+    const int64_t begin = block * blocksize, end = block < full ? begin + blocksize : count;
+    unsigned bits = 0;
+    for (int64_t i = begin + threadIdx.x; i < end; i += blockDim.x) {
+      bits = max(bits, bnb::magnitude_bits(to_float(x[i])));
+    }
+    bits = block_max(bits, scratch);
+    const bool partial = block >= full;
+    const float floored = bnb::clamp_absmax_4bit(bnb::float_of(bits)), inverse = 1.0f / floored;
+    for (int64_t i = begin + 2 * threadIdx.x; i < end; i += 2 * blockDim.x) {
+      unsigned codes[2];
+      for (int k = 0; k < 2; ++k) {
+        const float value = i + k < end ? to_float(x[i + k]) : 0.0f;
+        codes[k] = Encoder4<kType>::any(partial ? value / floored : value * inverse);
+      }
+      packed[i / 2] = bnb::pack_nibbles(codes[0], codes[1]);
+    }
+    if (threadIdx.x == 0) {
+      absmax[block] = stored_absmax(bits, partial);
+    }
+    __syncthreads();
+  }
+}
+
+template <class T, int kType, int kBlock>
+void launch_lanes(const Launch& launch, const T* x, int64_t count, uint8_t* packed, float* absmax) {
+  constexpr int kTile = kThreads * kPerLane * (sizeof(T) == 4 ? 2 : 4);
+  quantize4_lanes<T, kType, kBlock>
+      <<<launch.grid(ceil_div(count, kTile), 8), kThreads, 0, launch.stream()>>>(x, count, packed, absmax);
+}
+
+template <class T, int kType, int kBlock>
+void launch_groups(const Launch& launch, const T* x, int64_t count, uint8_t* packed, float* absmax) {
+  quantize4_groups<T, kType, kBlock>
+      <<<launch.grid(ceil_div(count, 512 * kPerLane), 4), 512, 0, launch.stream()>>>(x, count, packed, absmax);
+}
+
+template <class T, int kType>
+void launch_any(const Launch& launch, const T* x, int64_t count, int64_t blocksize, uint8_t* packed, float* absmax) {
+  switch (blocksize) {
+    case 32:
+      return launch_lanes<T, kType, 32>(launch, x, count, packed, absmax);
+    case 64:
+      return launch_lanes<T, kType, 64>(launch, x, count, packed, absmax);
+    case 128:
+      return launch_lanes<T, kType, 128>(launch, x, count, packed, absmax);
+    case 256:
+      return launch_lanes<T, kType, 256>(launch, x, count, packed, absmax);
+    case 512:
+      return launch_groups<T, kType, 512>(launch, x, count, packed, absmax);
+    case 1024:
+      return launch_groups<T, kType, 1024>(launch, x, count, packed, absmax);
+    case 2048:
+      return launch_groups<T, kType, 2048>(launch, x, count, packed, absmax);
+    case 4096:
+      return launch_groups<T, kType, 4096>(launch, x, count, packed, absmax);
+    default:
+      quantize4_any<T, kType><<<launch.grid(ceil_div(count, blocksize), 8), kThreads, 0, launch.stream()>>>(
+          x, count, blocksize, packed, absmax);
+  }
+}
+
+}  // namespace
+
+void quantize_4bit(const Launch& launch, const void* x, int dtype, int64_t count, int64_t blocksize, int quant_type,
+                   uint8_t* packed, float* absmax) {
+  if (count == 0) {
+    return;
+  }
+  with_dtype(dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    with_quant_type(quant_type, [&](auto quant) {
+      launch_any<T, decltype(quant)::value>(launch, static_cast<const T*>(x), count, blocksize, packed, absmax);
+    });
+  });
+  check_launch("quantize_4bit");
+}
+
+}  // namespace bnb_gpu
