@@ -202,7 +202,7 @@ def check_style(environment: Environment) -> None:
 
 
 def check_types(environment: Environment) -> None:
-    """Static types of the core."""
+    """Static types of the packages."""
     environment.install_groups("types")
     environment.run("-m", "mypy")
 
@@ -330,7 +330,7 @@ def lint(session: nox.Session) -> None:
 
 @nox.session
 def types(session: nox.Session) -> None:
-    """Static types of the core."""
+    """Static types of the packages."""
     check_types(with_project(session))
 
 

@@ -1,7 +1,7 @@
 """Write the C++ header with the quantization tables from ``bitsandbytes/codebooks.py``.
 
-Usage: ``python tools/gen_codebooks.py [--check]``. With ``--check`` nothing is written and the exit
-code is 1 when the header in the tree differs from what would be written.
+Usage: ``python tools/gen_codebooks.py [--check] [--header FILE]``. With ``--check`` nothing is written
+and the exit code is 1 when the header differs from what would be written.
 """
 
 from __future__ import annotations
@@ -76,14 +76,14 @@ def main() -> int:
     """Write or check the header."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="only compare")
-    check = parser.parse_args().check
-    text = render()
-    if check:
-        if not HEADER.exists() or HEADER.read_text() != text:
-            print(f"{HEADER} is out of date; run: python tools/gen_codebooks.py", file=sys.stderr)
-            return 1
-        return 0
-    HEADER.write_text(text)
+    parser.add_argument("--header", type=Path, default=HEADER, help="the file, by default the one in the tree")
+    arguments = parser.parse_args()
+    header, text = arguments.header, render()
+    if not arguments.check:
+        header.write_text(text)
+    elif not header.exists() or header.read_text() != text:
+        print(f"{header} is out of date; run: python tools/gen_codebooks.py", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -68,7 +68,10 @@ def quantize_4bit_cases(make: Maker) -> Iterator[Case]:
     combos += [(t, d, b, "normal", shape, "uint8", False) for t, d, b, shape in shapes]
     nested = itertools.product(("nf4", "fp4"), DTYPES, STORAGES, (64, 256))
     combos += [(t, d, b, "normal", (264, 136), storage, True) for t, d, storage, b in nested]
-    combos += [(t, d, 64, "heavy", (64, 96), storage, False) for t, d, storage in itertools.product(("nf4", "fp4"), DTYPES, STORAGES)]
+    combos += [
+        (t, d, 64, "heavy", (64, 96), storage, False)
+        for t, d, storage in itertools.product(("nf4", "fp4"), DTYPES, STORAGES)
+    ]
     combos += [(t, "float32", 64, kind, (96, 96), "uint8", True) for t in ("nf4", "fp4") for kind in KINDS]
     for quant_type, dtype, blocksize, kind, shape, storage, is_nested in combos:
         name = f"{quant_type}-{kind}-{size_of(shape)}-{dtype}-bs{blocksize}-{storage}{'-nested' if is_nested else ''}"
@@ -97,16 +100,18 @@ def dequantize_4bit_cases(make: Maker) -> Iterator[Case]:
         ("nf4", "fp4"), DTYPES, (64, 256), ("uint8", "bfloat16"), (False, True)
     ):
         name = f"{quant_type}-{dtype}-bs{blocksize}-{storage}{'-transposed' if transposed else ''}"
-        yield Case("dequantize_4bit_state", name, nested_inputs(make, name, quant_type, dtype, blocksize, storage) | {"transposed": transposed})
+        yield Case(
+            "dequantize_4bit_state",
+            name,
+            nested_inputs(make, name, quant_type, dtype, blocksize, storage) | {"transposed": transposed},
+        )
     for quant_type, dtype, blocksize, shape in itertools.product(("nf4", "fp4"), DTYPES, (64, 128), SHAPES):
         name = f"{quant_type}-{size_of(shape)}-{dtype}-bs{blocksize}"
         A = make.values("normal", shape, dtype, name)
         yield Case("round_trip_4bit", name, {"A": A, "blocksize": blocksize, "quant_type": quant_type})
 
 
-def nested_inputs(
-    make: Maker, name: str, quant_type: str, dtype: str, blocksize: int, storage: str
-) -> dict[str, Any]:
+def nested_inputs(make: Maker, name: str, quant_type: str, dtype: str, blocksize: int, storage: str) -> dict[str, Any]:
     """Packed codes and the state of a nested 4-bit tensor under the keys of a checkpoint."""
     generator, shape = make.seeded(name), (264, 128)
     count = math.prod(shape)
@@ -131,7 +136,9 @@ def nested_inputs(
 def blockwise_cases(make: Maker) -> Iterator[Case]:
     """8-bit codes for every codebook."""
     combos = [(c, d, 256, k, (5, 333)) for c, d, k in itertools.product(BLOCKWISE_CODES, DTYPES, KINDS)]
-    combos += [(c, d, b, "normal", (3, 2777)) for c, d, b in itertools.product(BLOCKWISE_CODES[:2], DTYPES, BLOCKSIZES[1:])]
+    combos += [
+        (c, d, b, "normal", (3, 2777)) for c, d, b in itertools.product(BLOCKWISE_CODES[:2], DTYPES, BLOCKSIZES[1:])
+    ]
     combos += [("dynamic", d, 256, "normal", shape) for d, shape in itertools.product(DTYPES, SHAPES)]
     for code, dtype, blocksize, kind, shape in combos:
         name = f"{code}-{kind}-{size_of(shape)}-{dtype}-bs{blocksize}"

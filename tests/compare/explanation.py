@@ -12,7 +12,7 @@ from tests.compare.case import Case
 from tests.compare.verdict import error_of, same_bits
 
 
-class Wrong(Exception):
+class WrongValueError(Exception):
     """Our value is not the right one."""
 
 
@@ -49,18 +49,18 @@ class Explanation:
     reason: str
     #: Whether the difference has just the features that the reason predicts.
     applies: Callable[[Difference], bool]
-    #: Raises :class:`Wrong` unless our result is the right one.
+    #: Raises :class:`WrongValueError` unless our result is the right one.
     prove: Callable[[Difference], None]
 
 
 def need(condition: bool, text: str) -> None:
-    """Raise :class:`Wrong` with ``text`` unless the condition holds."""
+    """Raise :class:`WrongValueError` with ``text`` unless the condition holds."""
     if not condition:
-        raise Wrong(text)
+        raise WrongValueError(text)
 
 
 def need_bits(actual: Any, expected: torch.Tensor, what: str) -> None:
-    """Raise :class:`Wrong` unless a tensor has exactly the expected bits."""
+    """Raise :class:`WrongValueError` unless a tensor has exactly the expected bits."""
     need(isinstance(actual, torch.Tensor), f"{what} is {actual!r}")
     need(
         actual.shape == expected.shape and actual.dtype == expected.dtype,

@@ -33,14 +33,20 @@ BLOCKSIZE = 256
 
 #: Classes of ``bitsandbytes.optim`` and what they need beside parameters.
 CLASSES: dict[str, dict[str, Any]] = {
-    **{name: {"weight_decay": 0.01} for name in ("Adam", "Adam8bit", "AdamW", "AdamW8bit", "PagedAdamW", "PagedAdamW8bit")},
+    **{
+        name: {"weight_decay": 0.01}
+        for name in ("Adam", "Adam8bit", "AdamW", "AdamW8bit", "PagedAdamW", "PagedAdamW8bit")
+    },
     "AdEMAMix": {"t_alpha": 10, "t_beta3": 10},
     "AdEMAMix8bit": {},
     "AdEMAMix32bit": {},
     "LAMB": {},
     "LAMB8bit": {},
     **{name: {"lr": 0.01, "momentum": 0.9, "weight_decay": 0.01} for name in ("SGD", "SGD8bit", "LARS", "LARS8bit")},
-    **{name: {"weight_decay": 0.01} for name in ("RMSprop", "RMSprop8bit", "Adagrad", "Adagrad8bit", "Lion", "Lion8bit")},
+    **{
+        name: {"weight_decay": 0.01}
+        for name in ("RMSprop", "RMSprop8bit", "Adagrad", "Adagrad8bit", "Lion", "Lion8bit")
+    },
 }
 STEPS = 3
 
@@ -105,14 +111,15 @@ def optimizer_load_cases(first: list[Case], saved: dict[str, Any]) -> Iterator[C
     """The state dicts of the first round, nested as saved and in the old flat layout."""
     for case in first:
         result = saved.get(case.key)
-        if case.op != "optimizer_state_dict" or "state_dict" not in (result or {}):
+        if case.op != "optimizer_state_dict" or "steps" not in (result or {}):
             continue
+        last = result["steps"][-1]
         for flat in (False, True):
             inputs = {
                 "name": case.inputs["name"],
                 "options": case.inputs["options"],
-                "parameters": result["parameters"],
-                "state_dict": result["state_dict"],
+                "parameters": last["parameters"],
+                "state_dict": last["state_dict"],
                 "grads": case.inputs["grads"][0],
                 "flat": flat,
             }

@@ -47,8 +47,9 @@ def load_cases(first: list[Case], saved: dict[str, Any]) -> Iterator[Case]:
         state_dict = {key: result["before"]["tensors"][key] for key in result["before"]["keys"]}
         inputs = {"options": options, "shape": shape, "state_dict": state_dict}
         if case.op == "linear4bit_state_dict":
-            for how in ("from_prequantized",):
-                yield Case("linear4bit_load", f"{case.id}-{how}", {**inputs, "how": how})
+            yield Case("linear4bit_load", case.id, inputs)
         elif not options["has_fp16_weights"]:
-            x = torch.randn(3, shape[1], generator=torch.Generator().manual_seed(len(case.id)))
-            yield Case("linear8bit_load", case.id, {**inputs, "x": x})
+            for dtype in DTYPES:
+                x = torch.randn(3, shape[1], generator=torch.Generator().manual_seed(len(case.id)))
+                x[:, 5] *= 10
+                yield Case("linear8bit_load", f"{case.id}-{dtype}", {**inputs, "x": x.to(dtype_of(dtype))})

@@ -15,8 +15,6 @@ BLOCKSIZE = 256
 MIN_8BIT_SIZE = 4096
 #: Rules whose weight decay shrinks the parameter instead of being added to the gradient.
 DECOUPLED = ("adam", "lamb", "ademamix", "lion")
-#: Rules whose update has a limited norm where ``max_unorm`` is above 0.
-LIMITED = ("adam", "lamb", "momentum", "lars", "rmsprop")
 
 Tensors = dict[str, torch.Tensor]
 Numbers = dict[str, Any]
@@ -100,7 +98,7 @@ def step(rule: str, p: torch.Tensor, g: torch.Tensor, states: Tensors, n: Number
     s = dict(states)
     update = RULES[rule](gradient, s, n)
     unorm, scale = None, 1.0
-    if n["max_unorm"] > 0 and rule in LIMITED:
+    if n["max_unorm"] > 0:
         unorm = float(torch.linalg.vector_norm(update))
         limit = n["max_unorm"] * n["param_norm"]
         scale = limit / unorm if unorm > limit > 0 else 1.0

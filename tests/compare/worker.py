@@ -6,6 +6,8 @@ file RESULTS. MARKER names the case being run, so that whoever started the proce
 
 from __future__ import annotations
 
+import copy
+import io
 import json
 import struct
 import sys
@@ -243,19 +245,15 @@ def around_forward(layer: torch.nn.Module, x: torch.Tensor) -> Any:
 
 
 @handler
-def linear4bit_load(options: Inputs, shape: list[int], state_dict: Inputs, how: str) -> Any:
-    """Load a quantized layer that the other side saved; give its weight in full and save it again."""
+def linear4bit_load(options: Inputs, shape: list[int], state_dict: Inputs) -> Any:
+    """Rebuild a quantized layer that the other side saved; give its weight in full and save it again."""
     import bitsandbytes as bnb
 
     layer = empty_linear4bit(options, shape, "bias" in state_dict)
-    if how == "from_prequantized":
-        stats = {key.removeprefix("weight."): value for key, value in state_dict.items() if key.startswith("weight.")}
-        weight = bnb.nn.Params4bit.from_prequantized(state_dict["weight"], stats, device="cpu", module=layer)
-        layer.weight = weight
-        if "bias" in state_dict:
-            layer.bias.data = state_dict["bias"]
-    else:
-        layer.to("cpu").load_state_dict(state_dict)
+    stats = {key.removeprefix("weight."): value for key, value in state_dict.items() if key.startswith("weight.")}
+    layer.weight = bnb.nn.Params4bit.from_prequantized(state_dict["weight"], stats, device="cpu", module=layer)
+    if "bias" in state_dict:
+        layer.bias.data = state_dict["bias"]
     state = layer.weight.quant_state
     return {
         "weight": bnb.functional.dequantize_4bit(layer.weight.data, state),
@@ -299,11 +297,13 @@ def optimizer_op(bits: int, name: str, tensors: Inputs, numbers: Inputs) -> Any:
 
 @handler
 def optimizer_state_dict(name: str, options: Inputs, parameters: list[torch.Tensor], grads: list[Any]) -> Any:
-    """Parameters and ``state_dict`` after some steps of an optimizer class."""
+    """Parameters and ``state_dict`` after each step of an optimizer class."""
     optimizer, held = make_optimizer(name, options, parameters)
+    steps = []
     for step in grads:
         take_step(optimizer, held, step)
-    return {"parameters": [p.detach().clone() for p in held], "state_dict": optimizer.state_dict()}
+        steps.append(copy.deepcopy({"parameters": [p.data for p in held], "state_dict": optimizer.state_dict()}))
+    return {"steps": steps}
 
 
 @handler
@@ -320,19 +320,18 @@ def optimizer_load(
     if flat:
         state_dict = state_dict | {"state": {key: flatten_state(value) for key, value in state_dict["state"].items()}}
     optimizer.load_state_dict(state_dict)
-    saved = optimizer.state_dict()
-    saved = saved | {"state": {key: flatten_state(value, copy=True) for key, value in saved["state"].items()}}
+    saved = copy.deepcopy(optimizer.state_dict())
     take_step(optimizer, held, grads)
-    return {"saved": saved, "parameters": [p.detach().clone() for p in held], "state_dict": optimizer.state_dict()}
+    return {"saved": saved, "parameters": [p.data for p in held], "state_dict": optimizer.state_dict()}
 
 
-def flatten_state(state: Inputs, copy: bool = False) -> Inputs:
+def flatten_state(state: Inputs) -> Inputs:
     """The layout of releases before quantized state was nested."""
     flat = {key: value for key, value in state.items() if not isinstance(value, dict)}
     for value in state.values():
         if isinstance(value, dict):
             flat |= value
-    return {key: value.clone() if copy and torch.is_tensor(value) else value for key, value in flat.items()}
+    return flat
 
 
 def make_optimizer(
@@ -369,8 +368,6 @@ def failure(error: Exception) -> dict[str, str]:
 
 def write_record(file: BinaryIO, key: str, result: Any) -> None:
     """Append one result as a length and a ``torch.save`` archive."""
-    import io
-
     buffer = io.BytesIO()
     torch.save((key, result), buffer)
     file.write(struct.pack("<q", buffer.getbuffer().nbytes))

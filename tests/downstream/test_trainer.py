@@ -36,7 +36,7 @@ class Passages(Dataset):
 
 @pytest.fixture
 def trainer(tiny_folder, text_ids, tmp_path):
-    """``trainer(optim, **options)``: a Trainer of the small model that does eight steps on the CPU."""
+    """``trainer(optim, **options)``: a Trainer of the small model that does four steps on the CPU."""
 
     def make(optim, **options):
         torch.manual_seed(0)
@@ -44,7 +44,7 @@ def trainer(tiny_folder, text_ids, tmp_path):
         settings = {
             "output_dir": str(tmp_path / "run"),
             "optim": optim,
-            "max_steps": 8,
+            "max_steps": 4,
             "per_device_train_batch_size": 4,
             "lr_scheduler_type": "constant",
             "logging_steps": 1,
@@ -88,10 +88,10 @@ def test_training_lowers_the_loss(trainer, optim):
 def test_resuming_continues_as_if_uninterrupted(trainer):
     whole = trainer("adamw_bnb_8bit", learning_rate=2e-4, seed=1)
     whole.train()
-    first = trainer("adamw_bnb_8bit", learning_rate=2e-4, seed=1, max_steps=4, save_strategy="steps", save_steps=4)
+    first = trainer("adamw_bnb_8bit", learning_rate=2e-4, seed=1, max_steps=2, save_strategy="steps", save_steps=2)
     first.train()
     second = trainer("adamw_bnb_8bit", learning_rate=2e-4, seed=1)
-    second.train(resume_from_checkpoint=f"{first.args.output_dir}/checkpoint-4")
-    assert losses(second)[-4:] == pytest.approx(losses(whole)[-4:], rel=1e-5)
+    second.train(resume_from_checkpoint=f"{first.args.output_dir}/checkpoint-2")
+    assert losses(second)[-2:] == pytest.approx(losses(whole)[-2:], rel=1e-5)
     for (name, expected), other in zip(whole.model.named_parameters(), second.model.parameters(), strict=True):
         torch.testing.assert_close(other, expected, rtol=0, atol=1e-6, msg=name)

@@ -14,6 +14,9 @@ import pytest
 os.environ["BNB_BACKENDS"] = ""
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+# Modules that several test files share.
+sys.path.insert(0, str(Path(__file__).parent))
+
 
 class PluginSite:
     """A folder on the path of subprocesses, in which distributions are really installed.

@@ -127,18 +127,31 @@ void multiply_tile_of(int64_t lane_count, const typename Product::Word* scalars,
 // --- blocks ------------------------------------------------------------------------------------------------
 
 // A panel of the scalar side (kPanelRows x kPanelSteps words, 128 KiB), one tile of the vector side over
-// the same steps (up to 96 KiB) and their sums (96 KiB) stay in the second-level cache.
+// the same steps (up to 96 KiB) and their sums (up to 144 KiB) stay in the second-level cache.
 constexpr int64_t kPanelSteps = 512;
 constexpr int64_t kPanelRows = 64 / kTileRows * kTileRows;
 // Off a power of two, so that the rows of a panel do not compete for the same lines of the cache.
 constexpr int64_t kPanelStride = kPanelSteps + 16;
-constexpr int64_t kBlockLanes = 384;
+constexpr int64_t kBlockLanes = 576;
 // Bound on the packed vector side; beyond it the product is done slab by slab.
 constexpr int64_t kSlabBytes = int64_t{32} << 20;
 
+// [0, total) in the fewest even pieces of at most `most`, each but the last a multiple of `unit`.
+BNB_FN int64_t even_piece(int64_t total, int64_t most, int64_t unit) {
+  return round_up(ceil_divide(total, max_of(1, ceil_divide(total, most))), unit);
+}
+
+// The vector side in memory: tile after tile, each [step][lane of the tile].
+struct PackedTiles {
+  int64_t lanes;  // a multiple of kLanes
+  int64_t tile;   // lanes of a tile; the last one may be narrower
+
+  int64_t width_at(int64_t lane) const { return min_of(tile, lanes - lane); }
+};
+
 // out[lane][row] for all `lane_rows` rows of the vector side and `rows` rows of the scalar side. The vector
 // side is packed once; panels of the scalar side are made as they are needed, by each thread for itself.
-//   pack(lane_begin, lane_count, step_begin, step_count, words, width): words[step][lane], zero beyond
+//   pack(lane_begin, lane_count, step_begin, step_count, words, width): words[step * width + lane], zero beyond
 //     lane_count up to `width`
 //   fill(row_begin, row_count, step_begin, step_count, words): words[row * kPanelStride + step]
 //   finish(lane_begin, lane_count, row_begin, row_count, sums, stride): sums[row * stride + lane]; may
@@ -150,44 +163,47 @@ void multiply_blocked(int threads, int64_t lane_rows, int64_t rows, int64_t step
   const int64_t slab_rows =
       max_of(1, kSlabBytes / (max_of(1, steps) * static_cast<int64_t>(sizeof(Word))) / kBlockLanes) * kBlockLanes;
   const int64_t slab_lanes = round_up(min_of(lane_rows, slab_rows), kLanes);
-  // Small products get smaller blocks, so that there is one for each thread.
-  const int64_t lane_blocks = ceil_divide(min_of(lane_rows, slab_rows), kBlockLanes);
-  const int64_t wanted = max_of(1, threads / lane_blocks);
-  const int64_t block_rows = min_of(kPanelRows, round_up(ceil_divide(rows, wanted), kTileRows));
+  // Small products get smaller blocks, so that there is one for each thread. With a single tile of lanes a
+  // panel is read once, and should not leave the first-level cache before that.
+  const int64_t most_blocks = ceil_divide(slab_lanes, kBlockLanes);
+  const int64_t share = round_up(ceil_divide(rows, max_of(1, threads / most_blocks)), kTileRows);
+  const int64_t block_rows = min_of(slab_lanes <= kTileLanes ? kTileRows : kPanelRows, share);
   const int64_t row_blocks = ceil_divide(rows, block_rows);
-  const int64_t parts = parts_of(threads, lane_blocks * row_blocks, lane_rows * rows * steps);
-  const int64_t block_lanes = min_of(kBlockLanes, slab_lanes);
+  const int64_t parts = parts_of(threads, most_blocks * row_blocks, lane_rows * rows * steps);
+  const int64_t c_stride = min_of(kBlockLanes, round_up(slab_lanes, kTileLanes));
 
   Scratch scratch(Scratch::bytes_for<Word>(slab_lanes * steps) +
                   parts * (Scratch::bytes_for<Word>(block_rows * kPanelStride) +
-                           Scratch::bytes_for<Word>(block_rows * block_lanes)));
+                           Scratch::bytes_for<Word>(block_rows * c_stride)));
   Word* const packed = scratch.take<Word>(slab_lanes * steps);
   Word* const panels = scratch.take<Word>(parts * block_rows * kPanelStride);
-  Word* const sums = scratch.take<Word>(parts * block_rows * block_lanes);
+  Word* const sums = scratch.take<Word>(parts * block_rows * c_stride);
 
   for (int64_t slab = 0; slab < lane_rows; slab += slab_rows) {
     const int64_t count = min_of(slab_rows, lane_rows - slab), lanes = round_up(count, kLanes);
-    // A tile starts at its first lane times `steps`; tiles are cut in panels to have enough work for all.
-    const int64_t tiles = ceil_divide(lanes, kTileLanes), pieces = ceil_divide(steps, kPanelSteps);
+    const PackedTiles layout{lanes, even_piece(lanes, kTileLanes, kLanes)};
+    const int64_t block = even_piece(lanes, kBlockLanes, layout.tile);
+    // Tiles are packed in pieces, to have enough work for all.
+    const int64_t tiles = ceil_divide(lanes, layout.tile), pieces = ceil_divide(steps, kPanelSteps);
     parallel_parts(min_of(parts, tiles * pieces), tiles * pieces, [&](int64_t, int64_t begin, int64_t end) {
       for (int64_t piece = begin; piece < end; ++piece) {
-        const int64_t lane = piece / pieces * kTileLanes, step = piece % pieces * kPanelSteps;
-        const int64_t width = min_of(kTileLanes, lanes - lane);
+        const int64_t lane = piece / pieces * layout.tile, step = piece % pieces * kPanelSteps;
+        const int64_t width = layout.width_at(lane);
         pack(slab + lane, min_of(width, count - lane), step, min_of(kPanelSteps, steps - step),
              packed + lane * steps + step * width, width);
       }
     });
 
-    const int64_t blocks = ceil_divide(count, kBlockLanes);
+    const int64_t blocks = ceil_divide(lanes, block);
     parallel_parts(min_of(parts, blocks * row_blocks), blocks * row_blocks, [&](int64_t part, int64_t begin,
                                                                                int64_t end) {
       Word* const panel = panels + part * block_rows * kPanelStride;
-      Word* const c = sums + part * block_rows * block_lanes;
+      Word* const c = sums + part * block_rows * c_stride;
       for (int64_t unit = begin; unit < end; ++unit) {
         const int64_t row = unit / blocks * block_rows, row_count = min_of(block_rows, rows - row);
-        const int64_t first = unit % blocks * kBlockLanes, last = min_of(lanes, first + kBlockLanes);
+        const int64_t first = unit % blocks * block, last = min_of(lanes, first + block);
         if (steps == 0) {
-          memset(c, 0, static_cast<size_t>(block_rows * block_lanes) * sizeof(Word));
+          memset(c, 0, static_cast<size_t>(block_rows * c_stride) * sizeof(Word));
         }
         for (int64_t step = 0; step < steps; step += kPanelSteps) {
           const int64_t step_count = min_of(kPanelSteps, steps - step);
@@ -195,16 +211,16 @@ void multiply_blocked(int threads, int64_t lane_rows, int64_t rows, int64_t step
           for (int64_t r = row_count; r < round_up(row_count, kTileRows); ++r) {
             memset(panel + r * kPanelStride, 0, static_cast<size_t>(step_count) * sizeof(Word));
           }
-          for (int64_t lane = first; lane < last; lane += kTileLanes) {
-            const int64_t width = min_of(kTileLanes, lanes - lane);
+          for (int64_t lane = first; lane < last; lane += layout.tile) {
+            const int64_t width = layout.width_at(lane);
             for (int64_t r = 0; r < row_count; r += kTileRows) {
               multiply_tile_of<Product>(width, panel + r * kPanelStride, kPanelStride,
                                         packed + lane * steps + step * width, width, step_count,
-                                        c + r * block_lanes + (lane - first), block_lanes, step > 0);
+                                        c + r * c_stride + (lane - first), c_stride, step > 0);
             }
           }
         }
-        finish(slab + first, min_of(last - first, count - first), row, row_count, c, block_lanes);
+        finish(slab + first, min_of(last, count) - first, row, row_count, c, c_stride);
       }
     });
   }

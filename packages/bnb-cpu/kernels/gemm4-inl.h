@@ -161,6 +161,9 @@ void multiply_many(const Weight4& weight, const T* a, int64_t count, int threads
 template <class T>
 void multiply_4bit(const Weight4& weight, const T* a, int64_t count, const void* bias, int bias_dtype, T* out,
                    int threads) {
+  if (count == 0 || weight.rows == 0) {
+    return;
+  }
   const auto bias_of = [=](int64_t row) { return bias == nullptr ? 0.0f : bias_at(bias, bias_dtype, row); };
   const int64_t left = count % kLanes;
   // Rows that would leave most lanes of a last vector empty.
@@ -192,25 +195,27 @@ void multiply_4bit(const Weight4& weight, const T* a, int64_t count, const void*
 
 // Here the lanes lie along the rows of the weight, in which direction it is decoded, and the steps across them.
 constexpr int64_t kStreamSteps = 128;
-constexpr int64_t kStreamRows = 128 / kTileRows * kTileRows;
+constexpr int64_t kStreamLanes = 128;
+constexpr int64_t kStreamRows = 512 / kTileRows * kTileRows;
 
 // c (+)= the product over a panel of `steps` steps and `lanes` lanes.
 template <class Product, class Word>
 void multiply_panel(const Word* scalars, int64_t scalar_stride, int64_t rows, const Word* panel, int64_t lanes,
                     int64_t steps, Word* c, bool add) {
-  for (int64_t lane = 0; lane < lanes; lane += kTileLanes) {
-    const int64_t width = min_of(kTileLanes, lanes - lane);
+  const PackedTiles layout{lanes, even_piece(lanes, kTileLanes, kLanes)};
+  for (int64_t lane = 0; lane < lanes; lane += layout.tile) {
+    const int64_t width = layout.width_at(lane);
     for (int64_t r = 0; r < rows; r += kTileRows) {
       const Word* from = scalars + r * scalar_stride;
-      Word* to = c + r * kBlockLanes + lane;
+      Word* to = c + r * kStreamLanes + lane;
       const int64_t left = rows - r;
       if (left == 1) {
-        multiply_tile_of<Product, 1>(width, from, scalar_stride, panel + lane, lanes, steps, to, kBlockLanes, add);
+        multiply_tile_of<Product, 1>(width, from, scalar_stride, panel + lane, lanes, steps, to, kStreamLanes, add);
       } else if (left <= kTileRows / 2) {
         multiply_tile_of<Product, kTileRows / 2>(width, from, scalar_stride, panel + lane, lanes, steps, to,
-                                                 kBlockLanes, add);
+                                                 kStreamLanes, add);
       } else {
-        multiply_tile_of<Product>(width, from, scalar_stride, panel + lane, lanes, steps, to, kBlockLanes, add);
+        multiply_tile_of<Product>(width, from, scalar_stride, panel + lane, lanes, steps, to, kStreamLanes, add);
       }
     }
   }
@@ -245,19 +250,22 @@ void multiply_4bit_transposed(const Weight4& weight, const T* a, int64_t count, 
   using Product = typename Operands::Product;
   using Word = typename Operands::Word;
   constexpr int kPerWord = Operands::kPerWord;
+  if (count == 0 || weight.width == 0) {
+    return;
+  }
   const int64_t width = weight.width, steps = ceil_divide(weight.rows, kPerWord), stride = steps + 16;
   const int64_t slab_rows = min_of(
       round_up(count, kTileRows),
       max_of(1, kSlabBytes / (stride * static_cast<int64_t>(sizeof(Word))) / kStreamRows) * kStreamRows);
-  const int64_t block_rows = min_of(slab_rows, kStreamRows), lane_blocks = ceil_divide(width, kBlockLanes);
+  const int64_t block_rows = min_of(slab_rows, kStreamRows), lane_blocks = ceil_divide(width, kStreamLanes);
   const int64_t units = ceil_divide(slab_rows, block_rows) * lane_blocks;
   const int64_t parts = parts_of(threads, units, count * weight.rows * width);
   Scratch scratch(Scratch::bytes_for<Word>(slab_rows * stride) +
-                  parts * (Scratch::bytes_for<Word>(kStreamSteps * kBlockLanes) +
-                           Scratch::bytes_for<Word>(block_rows * kBlockLanes)));
+                  parts * (Scratch::bytes_for<Word>(kStreamSteps * kStreamLanes) +
+                           Scratch::bytes_for<Word>(block_rows * kStreamLanes)));
   Word* const scalars = scratch.take<Word>(slab_rows * stride);
-  Word* const panels = scratch.take<Word>(parts * kStreamSteps * kBlockLanes);
-  Word* const sums = scratch.take<Word>(parts * block_rows * kBlockLanes);
+  Word* const panels = scratch.take<Word>(parts * kStreamSteps * kStreamLanes);
+  Word* const sums = scratch.take<Word>(parts * block_rows * kStreamLanes);
 
   for (int64_t slab = 0; slab < count; slab += slab_rows) {
     const int64_t rows = min_of(slab_rows, count - slab), padded_rows = round_up(rows, kTileRows);
@@ -274,14 +282,14 @@ void multiply_4bit_transposed(const Weight4& weight, const T* a, int64_t count, 
     parallel_parts(min_of(parts, row_blocks * lane_blocks), row_blocks * lane_blocks, [&](int64_t part, int64_t begin,
                                                                                          int64_t end) {
       const Table16 table(weight.values);
-      Word* const panel = panels + part * kStreamSteps * kBlockLanes;
-      Word* const c = sums + part * block_rows * kBlockLanes;
+      Word* const panel = panels + part * kStreamSteps * kStreamLanes;
+      Word* const c = sums + part * block_rows * kStreamLanes;
       for (int64_t unit = begin; unit < end; ++unit) {
         const int64_t row = unit % row_blocks * block_rows, row_count = min_of(block_rows, rows - row);
-        const int64_t k = unit / row_blocks * kBlockLanes, elements = min_of(kBlockLanes, width - k);
+        const int64_t k = unit / row_blocks * kStreamLanes, elements = min_of(kStreamLanes, width - k);
         const int64_t lanes = round_up(elements, kGroup);
         if (steps == 0) {
-          memset(c, 0, static_cast<size_t>(block_rows * kBlockLanes) * sizeof(Word));
+          memset(c, 0, static_cast<size_t>(block_rows * kStreamLanes) * sizeof(Word));
         }
         for (int64_t step = 0; step < steps; step += kStreamSteps) {
           const int64_t step_count = min_of(kStreamSteps, steps - step);
@@ -292,7 +300,7 @@ void multiply_4bit_transposed(const Weight4& weight, const T* a, int64_t count, 
                                   step > 0);
         }
         for (int64_t r = 0; r < row_count; ++r) {
-          store_ordered(reinterpret_cast<const float*>(c + r * kBlockLanes), weight.grouped_order, elements,
+          store_ordered(reinterpret_cast<const float*>(c + r * kStreamLanes), weight.grouped_order, elements,
                         out + (slab + row + r) * width + k);
         }
       }

@@ -167,53 +167,52 @@ struct BFloat16Dot {
 };
 #endif
 
-// sums[r * kActs + m]: the products of weight rows from `row` on, in grouped order.
+// Adds the products over elements [k, k + count) of kWeights weight rows, in grouped order, to
+// sums[r * kActs + m].
 template <class Dot, int kWeights, int kActs>
-void dot_rows(const Dot& dot, const Weight4& weight, int64_t row, const typename Dot::Word* acts, int64_t stride,
-              float* out) {
+BNB_FN void dot_chunk(const Dot& dot, const Weight4& weight, int64_t row, int64_t k, int64_t count,
+                      const typename Dot::Word* acts, int64_t stride, F32* totals) {
   F32 sums[kWeights][kActs];
-  for (int r = 0; r < kWeights; ++r) {
-    for (int m = 0; m < kActs; ++m) {
-      sums[r][m] = splat(0.0f);
-    }
-  }
+  Scales4 scales[kWeights];
   float buffers[kWeights][kMaxScales + kLanes];
-  for (int64_t k = 0; k < weight.width; k += kChunk) {
-    const int64_t count = min_of(kChunk, weight.width - k), whole = count / kGroup * kGroup;
-    Scales4 scales[kWeights];
-    const uint8_t* from[kWeights];
-    for (int r = 0; r < kWeights; ++r) {
-      scales[r] = scales_of(weight, row + r, k, count, buffers[r]);
-      from[r] = weight.packed + ((row + r) * weight.width + k) / 2;
-    }
-    const auto* const act = acts + k;
-    for (int64_t at = 0; at < whole; at += kGroup) {
-      I32 codes[kWeights];
-      F32 factors[kWeights];
+  const uint8_t* from[kWeights];
 #pragma GCC unroll 4
-      for (int r = 0; r < kWeights; ++r) {
-        codes[r] = load_dwords(from[r] + at / 2);
-        factors[r] = scales[r].of_group((row + r) * weight.width + k + at);
-      }
-      dot.template group<kWeights, kActs>(sums, codes, factors, act + at, stride);
-    }
-    if (whole < count) {
-      // Lanes beyond the row hold code 0, activations of zero and a scale of zero.
-      const int64_t dwords = (count - whole) / 8;
-      const I32 mask = lane_mask(dwords);
-      I32 codes[kWeights];
-      F32 factors[kWeights];
-      for (int r = 0; r < kWeights; ++r) {
-        codes[r] = load_dwords(from[r] + whole / 2, dwords);
-        factors[r] =
-            float_of(bits_of(scales[r].of_group((row + r) * weight.width + k + whole)) & mask);
-      }
-      dot.template group<kWeights, kActs>(sums, codes, factors, act + whole, stride);
+  for (int r = 0; r < kWeights; ++r) {
+    scales[r] = scales_of(weight, row + r, k, count, buffers[r]);
+    from[r] = weight.packed + ((row + r) * weight.width + k) / 2;
+#pragma GCC unroll 8
+    for (int m = 0; m < kActs; ++m) {
+      sums[r][m] = totals[r * kActs + m];
     }
   }
+  const int64_t whole = count / kGroup * kGroup;
+  for (int64_t at = 0; at < whole; at += kGroup) {
+    I32 codes[kWeights];
+    F32 factors[kWeights];
+#pragma GCC unroll 4
+    for (int r = 0; r < kWeights; ++r) {
+      codes[r] = load_dwords(from[r] + at / 2);
+      factors[r] = scales[r].of_group((row + r) * weight.width + k + at);
+    }
+    dot.template group<kWeights, kActs>(sums, codes, factors, acts + k + at, stride);
+  }
+  if (whole < count) {
+    // Lanes beyond the row hold code 0, activations of zero and a scale of zero.
+    const int64_t dwords = (count - whole) / 8;
+    const I32 mask = lane_mask(dwords);
+    I32 codes[kWeights];
+    F32 factors[kWeights];
+    for (int r = 0; r < kWeights; ++r) {
+      codes[r] = load_dwords(from[r] + whole / 2, dwords);
+      factors[r] = float_of(bits_of(scales[r].of_group((row + r) * weight.width + k + whole)) & mask);
+    }
+    dot.template group<kWeights, kActs>(sums, codes, factors, acts + k + whole, stride);
+  }
+#pragma GCC unroll 4
   for (int r = 0; r < kWeights; ++r) {
+#pragma GCC unroll 8
     for (int m = 0; m < kActs; ++m) {
-      out[r * kActs + m] = reduce_add(sums[r][m]);
+      totals[r * kActs + m] = sums[r][m];
     }
   }
 }
@@ -243,28 +242,39 @@ void dot_row_plain(const Weight4& weight, const Table16& table, int64_t row, con
   }
 }
 
+// Rows of the weight that go through one stretch of the activations together.
+constexpr int64_t kDotBlock = 16;
+
 // store(row, m, sum) for each weight row and each of kActs rows of activations.
 template <class Dot, int kActs, class Store>
 void dot_weight(const Weight4& weight, const typename Dot::Word* acts, int64_t stride, int threads,
                 const Store& store) {
-  constexpr int kWeights = kActs <= 2 ? 4 : kActs <= 4 ? 2 : kLanes == 16 && sizeof(typename Dot::Word) == 4 ? 2 : 1;
-  const int64_t units = ceil_divide(weight.rows, kWeights);
+  constexpr int kWeights = kActs <= 2 ? 4 : kActs <= 4 || (kLanes == 16 && sizeof(typename Dot::Word) == 4) ? 2 : 1;
+  // A stretch of the activations takes at most half of a first-level cache of 32 KiB.
+  constexpr int64_t kFit = 16384 / (kActs * static_cast<int64_t>(sizeof(typename Dot::Word))) / kGroup * kGroup;
+  constexpr int64_t kStretch = kFit < kChunk ? kFit : kChunk;
+  const int64_t units = ceil_divide(weight.rows, kDotBlock);
   const int64_t parts = parts_of(threads, units, weight.rows * weight.width * kActs);
   parallel_parts(parts, units, [&](int64_t, int64_t begin, int64_t end) {
     const Dot dot(weight.values);
-    float sums[kWeights * kActs];
-    int64_t row = begin * kWeights;
-    const int64_t last = min_of(end * kWeights, weight.rows);
-    for (; row + kWeights <= last; row += kWeights) {
-      dot_rows<Dot, kWeights, kActs>(dot, weight, row, acts, stride, sums);
-      for (int i = 0; i < kWeights * kActs; ++i) {
-        store(row + i / kActs, i % kActs, sums[i]);
+    for (int64_t unit = begin; unit < end; ++unit) {
+      const int64_t first = unit * kDotBlock, rows = min_of(kDotBlock, weight.rows - first);
+      F32 totals[kDotBlock * kActs];
+      for (int64_t i = 0; i < kDotBlock * kActs; ++i) {
+        totals[i] = splat(0.0f);
       }
-    }
-    for (; row < last; ++row) {
-      dot_rows<Dot, 1, kActs>(dot, weight, row, acts, stride, sums);
-      for (int m = 0; m < kActs; ++m) {
-        store(row, m, sums[m]);
+      for (int64_t k = 0; k < weight.width; k += kStretch) {
+        const int64_t count = min_of(kStretch, weight.width - k);
+        int64_t r = 0;
+        for (; r + kWeights <= rows; r += kWeights) {
+          dot_chunk<Dot, kWeights, kActs>(dot, weight, first + r, k, count, acts, stride, totals + r * kActs);
+        }
+        for (; r < rows; ++r) {
+          dot_chunk<Dot, 1, kActs>(dot, weight, first + r, k, count, acts, stride, totals + r * kActs);
+        }
+      }
+      for (int64_t i = 0; i < rows * kActs; ++i) {
+        store(first + i / kActs, i % kActs, reduce_add(totals[i]));
       }
     }
   });

@@ -152,7 +152,7 @@ template <int kActs, class Store>
 void multiply_int8_few(const int8_t* a, const int8_t* b, int64_t rows, int64_t width, int threads,
                        const Store& store) {
   using Word = Int8Dot::Word;
-  constexpr int kWeights = kActs <= 4 && kLanes == 16 ? 4 : 2;
+  constexpr int kWeights = kLanes < 16 ? 2 : kActs <= 4 ? 4 : 3;
   const int64_t stride = round_up(width, Int8Dot::kStep);
   Scratch scratch(Scratch::bytes_for<Word>(kActs * stride));
   Word* const acts = scratch.take<Word>(kActs * stride);

@@ -105,7 +105,15 @@ BNB_FN void pack_int8(const int8_t* a, int64_t width, int64_t lane_count, int64_
 
 BNB_FN uint32_t sum_of_bytes(const int8_t* p, int64_t count) {
   uint32_t sum = 0;
-  for (int64_t k = 0; k < count; ++k) {
+  int64_t k = 0;
+#if defined(BNB_AVX512VNNI)
+  __m512i sums = _mm512_setzero_si512();
+  for (; k + 64 <= count; k += 64) {
+    sums = _mm512_dpbusd_epi32(sums, _mm512_set1_epi8(1), _mm512_loadu_si512(p + k));
+  }
+  sum = static_cast<uint32_t>(_mm512_reduce_add_epi32(sums));
+#endif
+  for (; k < count; ++k) {
     sum += static_cast<uint32_t>(static_cast<int32_t>(p[k]));
   }
   return sum;
@@ -146,6 +154,9 @@ void multiply_int8_many(const int8_t* a, const int8_t* b, int64_t count, int64_t
 template <class Many, class Few>
 void multiply_int8(const int8_t* a, const int8_t* b, int64_t count, int64_t rows, int64_t width, int threads,
                    const Many& take_many, const Few& take_few) {
+  if (count == 0 || rows == 0) {
+    return;
+  }
   const int64_t left = count % kLanes;
   const int64_t few = count <= Int8Dot::kRows ? count : left <= min_of(Int8Dot::kRows, kLanes / 2) ? left : 0;
   const int64_t many = count - few;

@@ -8,11 +8,17 @@
 namespace bnb_cpu {
 namespace BNB_ISA {
 
-// A value that is not finite is stored as zero: it would spoil the statistics of its whole block for all
-// later steps.
-BNB_FN float finite_or_zero(float a) { return bnb::magnitude_bits(a) < 0x7f800000u ? a : 0.0f; }
-BNB_FN F32 finite_or_zero(F32 a) {
-  return select(splat(0x7f800000) > (bits_of(a) & splat(0x7fffffff)), a, splat(0.0f));
+// Absmax of up to kUnit values. A value that is not finite becomes zero: it would spoil the statistics of the
+// whole block for all later steps.
+BNB_FN float tame_absmax(float* values, int count) {
+  uint32_t most = absmax_bits<false>(values, count);
+  if (most >= 0x7f800000u) {
+    for (int i = 0; i < count; ++i) {
+      values[i] = bnb::magnitude_bits(values[i]) < 0x7f800000u ? values[i] : 0.0f;
+    }
+    most = absmax_bits<false>(values, count);
+  }
+  return bnb::float_of(most);
 }
 
 template <bnb::Rule kRule, class T>
@@ -41,33 +47,83 @@ struct Kernel8 {
     step_element<kRule>(static_cast<const T*>(t.g) + i, static_cast<T*>(t.p) + i, states, constants, t.skip_zeros,
                         noise);
     for (int s = 0; s < kValues; ++s) {
-      deposit(values[s] + at, finite_or_zero(states[s]));
+      deposit(values[s] + at, states[s]);
     }
   }
 
-  void move(const Tensor& t, int64_t begin, int64_t end) const {
-    const auto vectors = constants_of<F32>(t.constants);
+  // Moved values of a whole unit whose codes are not written yet.
+  struct Pending {
     alignas(64) float values[kValues][kUnit];
+    float scale[kValues];
+    uint8_t* codes[kValues];
+    bool waits = false;
+  };
+
+  // Encodes elements `from` to `to`, whole steps.
+  BNB_FN void encode(const Kernel8& kernel, const Pending& pending, int from, int to) {
+    for (int i = from; i < to; i += Codebook::kStep) {
+      for (int s = 0; s < kValues; ++s) {
+        Codebook::encode_step(kernel.codebook(s), pending.values[s] + i, pending.scale[s], pending.codes[s] + i);
+      }
+    }
+  }
+
+  // Writes the statistics of moved values. Their codes are left for the next unit where that can be.
+  void finish(const Tensor& t, int64_t unit, int size, Pending& pending) const {
+    pending.waits = size == kUnit;
+    for (int s = 0; s < kValues; ++s) {
+      const float most = tame_absmax(pending.values[s], size);
+      t.absmax[s][unit] = most;
+      pending.scale[s] = 1.0f / most;
+      pending.codes[s] = static_cast<uint8_t*>(t.states[s]) + unit * kUnit;
+      pending.waits = pending.waits && codebook(s).is_usual(pending.scale[s]);
+    }
+    for (int s = 0; s < kValues && !pending.waits; ++s) {
+      if (t.absmax[s][unit] == 0.0f) {
+        memset(pending.codes[s], 0, static_cast<size_t>(size));
+      } else {
+        codebook(s).encode_each(pending.values[s], pending.scale[s], size, pending.codes[s]);
+      }
+    }
+  }
+
+  // While one unit is moved, which keeps the divider busy, the one before is encoded, which needs everything
+  // else.
+  void move(const Tensor& t, int64_t begin, int64_t end) const {
+    constexpr int kStep = Codebook::kStep;
+    static_assert(kUnit % kStep == 0 && kStep % kLanes == 0);
+    const auto vectors = constants_of<F32>(t.constants);
+    Pending pendings[2];
     alignas(64) int32_t bits[kUnit];
     for (int64_t unit = begin; unit < end; ++unit) {
+      Pending &now = pendings[unit & 1], &before = pendings[~unit & 1];
       const int64_t start = unit * kUnit, left = t.count - start;
       const int size = static_cast<int>(left < kUnit ? left : kUnit);
-      if (t.stochastic) {
+      const int32_t* noise = t.stochastic ? bits : nullptr;
+      if (noise) {
         fill_noise(t, start, bits);
       }
-      decode(t, unit, size, values);
+      decode(t, unit, size, now.values);
       int i = 0;
-      for (; i + kLanes <= size; i += kLanes) {
-        move_element(t, start + i, vectors, t.stochastic ? bits + i : nullptr, values);
+      for (; i + kStep <= size; i += kStep) {
+        for (int j = i; j < i + kStep; j += kLanes) {
+          move_element(t, start + j, vectors, noise ? noise + j : nullptr, now.values);
+        }
+        if (before.waits) {
+          encode(*this, before, i, i + kStep);
+        }
+      }
+      if (before.waits) {
+        encode(*this, before, i, kUnit);
+        before.waits = false;
       }
       for (; i < size; ++i) {
-        move_element(t, start + i, t.constants, t.stochastic ? bits + i : nullptr, values);
+        move_element(t, start + i, t.constants, noise ? noise + i : nullptr, now.values);
       }
-      for (int s = 0; s < kValues; ++s) {
-        const float most = bnb::float_of(absmax_bits<false>(values[s], size));
-        t.absmax[s][unit] = most;
-        codebook(s).encode(values[s], most, size, static_cast<uint8_t*>(t.states[s]) + start);
-      }
+      finish(t, unit, size, now);
+    }
+    if (Pending& last = pendings[(end - 1) & 1]; last.waits) {
+      encode(*this, last, 0, kUnit);
     }
   }
 

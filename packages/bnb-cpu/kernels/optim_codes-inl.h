@@ -3,8 +3,14 @@
 
 #include "quant8-inl.h"
 
+#if defined(__AVX512BW__)
+#include "codebook_avx512-inl.h"
+#endif
+
 namespace bnb_cpu {
 namespace BNB_ISA {
+
+#if !defined(__AVX512BW__)
 
 class Codebook {
  public:
@@ -26,19 +32,28 @@ class Codebook {
     }
   }
 
-  // absmax: that of the values, which are all finite.
-  void encode(const float* values, float absmax, int count, uint8_t* codes) const {
-    if (absmax == 0.0f) {
-      memset(codes, 0, static_cast<size_t>(count));
-    } else {
-      encode_block_8bit(values, count, 1.0f / absmax, grid_codes_, codes);
-    }
+  // Values that encode_step takes.
+  static constexpr int kStep = 32;
+
+  // Whether encode_step serves values whose absmax has this reciprocal.
+  bool is_usual(float) const { return true; }
+
+  // Scales and encodes kStep values.
+  BNB_FN void encode_step(const Codebook& book, const float* values, float scale, uint8_t* codes) {
+    encode_block_8bit(values, kStep, scale, book.grid_codes_, codes);
+  }
+
+  // Scales and encodes any values.
+  void encode_each(const float* values, float scale, int count, uint8_t* codes) const {
+    encode_block_8bit(values, count, scale, grid_codes_, codes);
   }
 
  private:
   alignas(64) float values_[256];
   uint8_t grid_codes_[bnb::kGridPoints + 1];
 };
+
+#endif
 
 }  // namespace BNB_ISA
 }  // namespace bnb_cpu

@@ -67,6 +67,64 @@ class Search4 {
   Table16 step4_, step2_, step1_, order_;
 };
 
+// The same for NF4 values of [-1, 1], not NaN, in half as many steps where 32 entries fit two registers.
+// Of 32 equal cells none holds two midpoints: the cell of a value tells its rank but for one comparison.
+// Midpoints keep away from the edges of cells, so that it does not matter how the cell's number is rounded.
+#ifdef __AVX512F__
+constexpr float kCellScale = 15.91f;
+
+struct CellTables {
+  float bounds[32];
+  int32_t ranks[32];
+  bool fit = true;
+
+  constexpr explicit CellTables(const Tables4& tables) : bounds{}, ranks{} {
+    for (int cell = 0; cell < 32; ++cell) {
+      bounds[cell] = 2.0f;
+      ranks[cell] = 0;
+    }
+    int before = -1;
+    for (int i = 0; i < 15; ++i) {
+      const float position = (tables.midpoints[i] + 1.0f) * kCellScale;
+      const int cell = static_cast<int>(position);
+      const float inside = position - static_cast<float>(cell);
+      fit = fit && cell > before && inside > 0.05f && inside < 0.95f && tables.order[i] == i;
+      before = cell;
+      bounds[cell] = tables.midpoints[i];
+      for (int later = cell + 1; later < 32; ++later) {
+        ranks[later] = i + 1;
+      }
+    }
+  }
+};
+
+constexpr CellTables kNf4Cells{kNf4};
+static_assert(kNf4Cells.fit, "choose another kCellScale");
+
+class CellSearchNf4 {
+ public:
+  explicit CellSearchNf4(const Search4& search)
+      : search_(search),
+        bounds_{_mm512_loadu_ps(kNf4Cells.bounds), _mm512_loadu_ps(kNf4Cells.bounds + 16)},
+        ranks_{_mm512_loadu_si512(kNf4Cells.ranks), _mm512_loadu_si512(kNf4Cells.ranks + 16)} {}
+
+  I32 operator()(F32 scaled) const {
+    const __m512i cell = _mm512_cvttps_epi32(fma(scaled, splat(kCellScale), splat(kCellScale)).v);
+    const __m512i rank = _mm512_permutex2var_epi32(ranks_[0], cell, ranks_[1]);
+    const __mmask16 above =
+        _mm512_cmp_ps_mask(scaled.v, _mm512_permutex2var_ps(bounds_[0], cell, bounds_[1]), _CMP_GT_OQ);
+    return {_mm512_mask_add_epi32(rank, above, rank, _mm512_set1_epi32(1))};
+  }
+
+  unsigned operator()(float scaled) const { return search_(scaled); }
+
+ private:
+  const Search4& search_;
+  __m512 bounds_[2];
+  __m512i ranks_[2];
+};
+#endif
+
 struct Multiply {
   float factor;
   F32 operator()(F32 a) const { return a * splat(factor); }
@@ -79,8 +137,8 @@ struct Divide {
   float operator()(float a) const { return a / divisor; }
 };
 
-template <class T, class Scale>
-void encode_block_4bit(const T* x, int64_t count, const Search4& search, Scale scale, uint8_t* packed) {
+template <class T, class Search, class Scale>
+BNB_FN void encode_block_4bit(const T* x, int64_t count, const Search& search, Scale scale, uint8_t* packed) {
   int64_t i = 0;
   for (; i + kLanes <= count; i += kLanes) {
     store_nibbles(packed, i, search(scale(load(x + i))));
@@ -94,28 +152,43 @@ void encode_block_4bit(const T* x, int64_t count, const Search4& search, Scale s
   }
 }
 
+// Encodes the blocks [begin, end). `finite` may be any search that does without NaN and infinity.
+template <class T, class Finite>
+void encode_blocks_4bit(const T* x, int64_t begin, int64_t end, int64_t count, int64_t blocksize, const Search4& search,
+                        const Finite& finite, uint8_t* packed, float* absmax) {
+  for (int64_t block = begin; block < end; ++block) {
+    const int64_t first = block * blocksize, left = count - first;
+    const T* from = x + first;
+    uint8_t* to = packed + first / 2;
+    const bool partial = left < blocksize;
+    const uint32_t bits = absmax_bits<false>(from, partial ? left : blocksize);
+    const float most = bnb::float_of(bits), clamped = bnb::clamp_absmax_4bit(most);
+    // Part of the format: a partial block is divided and its absmax stored clamped.
+    absmax[block] = partial ? clamped : most;
+    if (partial) {
+      encode_block_4bit(from, left, search, Divide{clamped}, to);
+    } else if (bits < 0x7f800000u) {
+      encode_block_4bit(from, blocksize, finite, Multiply{1.0f / clamped}, to);
+    } else {
+      encode_block_4bit(from, blocksize, search, Multiply{1.0f / clamped}, to);
+    }
+  }
+}
+
 void quantize_4bit(const void* x, int dtype, int64_t count, int64_t blocksize, int quant_type, uint8_t* packed,
                    float* absmax, int threads) {
   with_dtype(dtype, [=](auto type) {
     using T = typename decltype(type)::type;
+    const T* from = static_cast<const T*>(x);
     parallel(threads, ceil_divide(count, blocksize), grain_of(blocksize), [=](int64_t begin, int64_t end) {
       const Search4 search(tables_4bit(quant_type));
-      for (int64_t block = begin; block < end; ++block) {
-        const int64_t first = block * blocksize, left = count - first;
-        const T* from = static_cast<const T*>(x) + first;
-        uint8_t* to = packed + first / 2;
-        const bool partial = left < blocksize;
-        const float most = bnb::float_of(absmax_bits<false>(from, partial ? left : blocksize));
-        const float clamped = bnb::clamp_absmax_4bit(most);
-        // Part of the format: a partial block is divided and its absmax stored clamped.
-        if (partial) {
-          absmax[block] = clamped;
-          encode_block_4bit(from, left, search, Divide{clamped}, to);
-        } else {
-          absmax[block] = most;
-          encode_block_4bit(from, blocksize, search, Multiply{1.0f / clamped}, to);
-        }
+#ifdef __AVX512F__
+      if (static_cast<bnb::QuantType>(quant_type) == bnb::QuantType::kNf4) {
+        const CellSearchNf4 cells(search);
+        return encode_blocks_4bit(from, begin, end, count, blocksize, search, cells, packed, absmax);
       }
+#endif
+      encode_blocks_4bit(from, begin, end, count, blocksize, search, search, packed, absmax);
     });
   });
 }
@@ -144,8 +217,8 @@ struct NestedAbsmax {
 
 // Decodes `count` elements from element `first` of `packed` on; `first` is even.
 template <bool kStream, class T>
-BNB_FN void decode_4bit(const uint8_t* packed, int64_t first, int64_t count, const Table16& table,
-                        const float* values, float absmax, T* out) {
+BNB_FN void decode_4bit(const uint8_t* packed, int64_t first, int64_t count, const Table16& table, const float* values,
+                        float absmax, T* out) {
   const uint8_t* from = packed + first / 2;
   const F32 scale = splat(absmax);
   int64_t i = 0;
@@ -172,8 +245,8 @@ void decode_blocks_4bit(const uint8_t* packed, const Absmax& absmax, int64_t beg
 }
 
 template <class Absmax>
-void dequantize_4bit_with(const uint8_t* packed, const Absmax& absmax, int64_t count, int64_t blocksize,
-                          int quant_type, void* out, int dtype, int threads) {
+void dequantize_4bit_with(const uint8_t* packed, const Absmax& absmax, int64_t count, int64_t blocksize, int quant_type,
+                          void* out, int dtype, int threads) {
   with_dtype(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     T* to = static_cast<T*>(out);

@@ -7,20 +7,26 @@
 namespace bnb_cpu {
 namespace BNB_ISA {
 
+// The first grid position whose point is above a boundary, at least `position`: that of a boundary that is not
+// higher.
+BNB_FN int first_position_above(float boundary, int position) {
+  // The points are sorted: start near the boundary and walk to the first point above it.
+  int next = boundary >= 1.0f ? bnb::kGridPoints : boundary > -1.0f ? bnb::grid_position(boundary) : 0;
+  next = next < position ? position : next;
+  while (next > position && !(bnb::grid_value(next - 1) <= boundary)) {
+    --next;
+  }
+  while (next < bnb::kGridPoints && bnb::grid_value(next) <= boundary) {
+    ++next;
+  }
+  return next;
+}
+
 // For each point of the grid, the code nearest to it: as many codes as have a boundary below the point.
 BNB_FN void fill_grid_codes(const float* code, int64_t code_size, uint8_t* grid_codes) {
   int position = 0;
   for (int64_t i = 0; i + 1 < code_size; ++i) {
-    const float boundary = bnb::midpoint_8bit(code[i], code[i + 1]);
-    // The points are sorted: start near the boundary and walk to the first point above it.
-    int next = boundary >= 1.0f ? bnb::kGridPoints : boundary > -1.0f ? bnb::grid_position(boundary) : 0;
-    next = next < position ? position : next;
-    while (next > position && !(bnb::grid_value(next - 1) <= boundary)) {
-      --next;
-    }
-    while (next < bnb::kGridPoints && bnb::grid_value(next) <= boundary) {
-      ++next;
-    }
+    const int next = first_position_above(bnb::midpoint_8bit(code[i], code[i + 1]), position);
     memset(grid_codes + position, static_cast<int>(i), static_cast<size_t>(next - position));
     position = next;
   }

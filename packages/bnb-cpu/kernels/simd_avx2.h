@@ -78,9 +78,7 @@ BNB_FN float reduce_add(F32 a) {
 // --- loads and stores --------------------------------------------------------------------------------
 
 BNB_FN F32 load(const float* p) { return {_mm256_loadu_ps(p)}; }
-BNB_FN F32 load(const bnb::Half* p) {
-  return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
-}
+BNB_FN F32 load(const bnb::Half* p) { return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))}; }
 BNB_FN F32 load(const bnb::BFloat16* p) {
   const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   return {_mm256_castsi256_ps(_mm256_slli_epi32(wide, 16))};
@@ -90,14 +88,13 @@ BNB_FN F32 load(const bnb::BFloat16* p) {
 BNB_FN __m128i narrow_words(__m256i a) {
   return _mm_packus_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
 }
-BNB_FN __m128i narrow(bnb::Half*, F32 a) {
-  return _mm256_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-}
+BNB_FN __m128i narrow(bnb::Half*, F32 a) { return _mm256_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 BNB_FN __m128i narrow(bnb::BFloat16*, F32 a) {
   const __m256i bits = _mm256_castps_si256(a.v);
   const __m256i high = _mm256_srli_epi32(bits, 16);
   const __m256i odd = _mm256_and_si256(high, _mm256_set1_epi32(1));
-  const __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(bits, odd), _mm256_set1_epi32(0x7fff)), 16);
+  const __m256i rounded =
+      _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(bits, odd), _mm256_set1_epi32(0x7fff)), 16);
   const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q));
   return narrow_words(_mm256_blendv_epi8(rounded, _mm256_or_si256(high, _mm256_set1_epi32(0x40)), nan));
 }
@@ -134,11 +131,10 @@ BNB_FN I32 load_nibbles(const uint8_t* packed, int64_t index) {
 // A pair of lanes is one qword; the low bytes of the four become the packed bytes.
 BNB_FN void store_nibbles(uint8_t* packed, int64_t index, I32 a) {
   const __m256i pairs = _mm256_or_si256(_mm256_slli_epi64(a.v, 4), _mm256_srli_epi64(a.v, 32));
-  const __m256i low = _mm256_shuffle_epi8(
-      pairs, _mm256_setr_epi8(0, 8, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1,  //
-                              -1, -1, 0, 8, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1));
-  const int32_t bytes =
-      _mm_cvtsi128_si32(_mm_or_si128(_mm256_castsi256_si128(low), _mm256_extracti128_si256(low, 1)));
+  const __m256i low =
+      _mm256_shuffle_epi8(pairs, _mm256_setr_epi8(0, 8, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1,  //
+                                                  -1, -1, 0, 8, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1));
+  const int32_t bytes = _mm_cvtsi128_si32(_mm_or_si128(_mm256_castsi256_si128(low), _mm256_extracti128_si256(low, 1)));
   memcpy(packed + (index >> 1), &bytes, sizeof bytes);
 }
 

@@ -77,15 +77,14 @@ BNB_FN F32 load(const bnb::BFloat16* p) {
   return {_mm512_castsi512_ps(_mm512_slli_epi32(wide, 16))};
 }
 
-BNB_FN __m256i narrow(bnb::Half*, F32 a) {
-  return _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-}
+BNB_FN __m256i narrow(bnb::Half*, F32 a) { return _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 // Not the conversion instruction of AVX512_BF16, which flushes subnormal results to zero.
 BNB_FN __m256i narrow(bnb::BFloat16*, F32 a) {
   const __m512i bits = _mm512_castps_si512(a.v);
   const __m512i high = _mm512_srli_epi32(bits, 16);
   const __m512i odd = _mm512_and_si512(high, _mm512_set1_epi32(1));
-  const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(bits, odd), _mm512_set1_epi32(0x7fff)), 16);
+  const __m512i rounded =
+      _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(bits, odd), _mm512_set1_epi32(0x7fff)), 16);
   const __mmask16 nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
   return _mm512_cvtepi32_epi16(_mm512_mask_or_epi32(rounded, nan, high, _mm512_set1_epi32(0x40)));
 }
@@ -118,8 +117,7 @@ BNB_FN I32 load_nibbles(const uint8_t* packed, int64_t index) {
   const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(packed + (index >> 1)));
   const __m512i spread = _mm512_permutexvar_epi32(_mm512_set_epi32(1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0),
                                                   _mm512_castsi128_si512(bytes));
-  return {_mm512_srlv_epi32(
-      spread, _mm512_set_epi32(24, 28, 16, 20, 8, 12, 0, 4, 24, 28, 16, 20, 8, 12, 0, 4))};
+  return {_mm512_srlv_epi32(spread, _mm512_set_epi32(24, 28, 16, 20, 8, 12, 0, 4, 24, 28, 16, 20, 8, 12, 0, 4))};
 }
 // A pair of lanes is one qword; its low byte becomes the packed byte.
 BNB_FN void store_nibbles(uint8_t* packed, int64_t index, I32 a) {

@@ -145,8 +145,8 @@ struct Table256 {
 };
 BNB_FN F32 lookup(const Table256& table, I32 index) {
   const float* p = table.entries;
-  const float values[4] = {p[vgetq_lane_s32(index.v, 0)], p[vgetq_lane_s32(index.v, 1)],
-                           p[vgetq_lane_s32(index.v, 2)], p[vgetq_lane_s32(index.v, 3)]};
+  const float values[4] = {p[vgetq_lane_s32(index.v, 0)], p[vgetq_lane_s32(index.v, 1)], p[vgetq_lane_s32(index.v, 2)],
+                           p[vgetq_lane_s32(index.v, 3)]};
   return {vld1q_f32(values)};
 }
 

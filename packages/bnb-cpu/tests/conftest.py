@@ -10,6 +10,7 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
+
 from bitsandbytes.backends.registry import REGISTRY
 from bnb_cpu.native import _C
 
@@ -19,7 +20,7 @@ def served_by_this_backend() -> None:
     """Without this, tests that compare with the reference would pass on the reference itself."""
     entry = REGISTRY.entry("quantize_4bit", "cpu")
     if entry is None:
-        pytest.exit("the CPU is not served by bnb-cpu: unset BNB_BACKENDS, and run these tests apart from those of core")
+        pytest.exit("bnb-cpu does not serve the CPU here: unset BNB_BACKENDS, and run these tests apart from core's", 1)
 
 
 @pytest.fixture(params=_C.supported_isas())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from bitsandbytes.codebooks import create_dynamic_map
 from bitsandbytes.contract import OPS
 from bitsandbytes.testing.tolerances import same_bits

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from subprocess import CompletedProcess
 
 import pytest
+
 from bitsandbytes.testing import BackendSuite, Case, all_cases
 from bnb_cpu.native import _C
 
@@ -23,7 +24,7 @@ def test_values(isa: str, op: str) -> None:
 
 def failure(suite: BackendSuite, case: Case) -> str:
     try:
-        suite.judge(case, suite.call(case))
+        suite.test_values(case)
     except AssertionError as error:
         return str(error) or "assertion failed"
     return ""
@@ -60,6 +61,6 @@ except errors.BackendError as error:
 def test_set_isa_refuses() -> None:
     before = _C.isa()
     for name in ("", "sse9", "AVX2"):
-        with pytest.raises(ValueError, match="supported here:.*scalar"):
+        with pytest.raises(ValueError, match=r"supported here:.*scalar"):
             _C.set_isa(name)
     assert _C.isa() == before

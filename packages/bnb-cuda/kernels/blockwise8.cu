@@ -24,6 +24,17 @@ __device__ __forceinline__ Vector<T, kPerLane> load_values(const T* x, int64_t b
   return values;
 }
 
+__device__ __forceinline__ Vector<uint8_t, kPerLane> load_codes(const uint8_t* codes, int64_t begin, int64_t count) {
+  if (begin + kPerLane <= count) {
+    return load_streaming<uint8_t, kPerLane>(codes + begin);
+  }
+  Vector<uint8_t, kPerLane> values = {};
+  for (int i = 0; begin + i < count; ++i) {
+    values.values[i] = codes[begin + i];
+  }
+  return values;
+}
+
 template <class T>
 __device__ __forceinline__ unsigned largest_magnitude(const Vector<T, kPerLane>& values) {
   unsigned largest = 0;
@@ -41,7 +52,7 @@ __device__ __forceinline__ void store_codes(const Vector<T, kPerLane>& values, f
   Vector<uint8_t, kPerLane> out;
 #pragma unroll
   for (int i = 0; i < kPerLane; ++i) {
-    out.values[i] = encoder(bnb::scaled_8bit(to_float(values.values[i]), inverse, absmax));
+    out.values[i] = encoder(to_float(values.values[i]) * inverse);
   }
   if (begin + kPerLane <= count) {
     store_streaming<uint8_t, kPerLane>(codes + begin, out);
@@ -123,7 +134,7 @@ __global__ void __launch_bounds__(kThreads)
     bits = block_max(bits, scratch);
     const float scale = bnb::float_of(bits), inverse = 1.0f / scale;
     for (int64_t i = begin + threadIdx.x; i < end; i += blockDim.x) {
-      codes[i] = encoder(bnb::scaled_8bit(to_float(x[i]), inverse, scale));
+      codes[i] = encoder(to_float(x[i]) * inverse);
     }
     if (threadIdx.x == 0) {
       absmax[block] = scale;
@@ -150,7 +161,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       const int64_t first = begin + u * kPerGroup;
-      words[u] = load_values(codes, first, count, 0);
+      words[u] = load_codes(codes, first, count);
       scales[u] = first < count ? __ldg(absmax + (first >> block_shift)) : 0.0f;
     }
 #pragma unroll

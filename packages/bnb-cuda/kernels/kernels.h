@@ -35,4 +35,105 @@ void quantize_blockwise(const Launch&, const void* x, int dtype, int64_t count, 
 void dequantize_blockwise(const Launch&, const uint8_t* codes, const float* absmax, const float* code, int code_size,
                           int64_t count, int64_t blocksize, void* out, int dtype);
 
+// --- gemm4_*.cu ------------------------------------------------------------------------------------
+// out = a @ weight.T + bias for a packed weight of shape (n, k) and m rows of a; float16 or bfloat16.
+struct Gemm4 {
+  const void* a;  // (m, k)
+  int dtype;
+  int64_t m, n, k;
+  const uint8_t* packed;
+  Statistics statistics;
+  int64_t blocksize;
+  int quant_type;
+  const void* bias;  // n values of `bias_dtype`, or null
+  int bias_dtype;
+  void* out;  // (m, n)
+};
+
+// Whether the fused kernels take these sizes: k a multiple of 64, blocks of 32 or a multiple of 64.
+bool gemm_4bit_fits(int64_t n, int64_t k, int64_t blocksize, int dtype, int capability);
+// Up to 16 rows: the warps of a thread block share rows of the weight and split k.
+void gemm_4bit_few(const Launch&, const Gemm4&);
+// Any number of rows; `split` thread blocks of a cluster share k (1 where there are no clusters).
+void gemm_4bit_tiles(const Launch&, const Gemm4&, int split);
+// A few rows in any dtype, of any size, block size and table of 16 values: plain float32 arithmetic.
+void gemv_4bit(const Launch&, const Gemm4&, const float* code);
+
+// --- int8_quant.cu ---------------------------------------------------------------------------------
+// Outlier columns of a matrix, found on the device. `flags` has one bit per column (ceil(columns / 32)
+// words, zeroed by quantize_rows); `columns` lists the set bits in ascending order, `count` their number.
+struct Outliers {
+  unsigned* flags;
+  int* columns;
+  int* count;
+};
+
+// Codes and absmax per row. With a threshold: outliers do not count, their columns get code 0 and are
+// listed in `outliers` (otherwise null pointers).
+void int8_quantize_rows(const Launch&, const void* x, int dtype, int64_t rows, int64_t columns, float threshold,
+                        int8_t* codes, float* absmax, const Outliers& outliers);
+// Codes per row and per column with their absmax, from one pass for the statistics and one for the codes.
+void int8_double_quantize(const Launch&, const void* x, int dtype, int64_t rows, int64_t columns, float threshold,
+                          int8_t* row_codes, int8_t* column_codes, float* row_absmax, float* column_absmax,
+                          const Outliers& outliers);
+void int8_dequantize_rows(const Launch&, const int8_t* codes, const float* absmax, int64_t rows, int64_t columns,
+                          void* out, int dtype);
+
+// --- int8_gemm_*.cu --------------------------------------------------------------------------------
+// out = (a @ b.T) * a_absmax * b_absmax / 127^2 + bias, plus the product of the outlier columns of
+// `values`, the floating point matrix that `a` was quantized from.
+struct Gemm8 {
+  const int8_t* a;  // (m, k)
+  const int8_t* b;  // (n, k)
+  int64_t m, n, k;
+  const float* a_absmax;
+  const float* b_absmax;
+  const void* values;  // (m, k) of `dtype`, with outliers
+  Outliers outliers;   // null pointers without
+  const void* bias;    // n values of `bias_dtype`, or null
+  int bias_dtype;
+  void* out;  // (m, n)
+  int dtype;
+};
+
+// Whether the kernels below take these sizes: k a multiple of 16.
+bool int8_gemm_fits(int64_t n, int64_t k, int capability);
+void int8_gemm_few(const Launch&, const Gemm8&);    // up to 16 rows
+void int8_gemm_tiles(const Launch&, const Gemm8&);  // any number of rows
+// The same from the integer product (m, n), computed elsewhere.
+void int8_finish(const Launch&, const int32_t* product, const Gemm8&);
+
+// --- optim*.cu -------------------------------------------------------------------------------------
+// A step of many parameters. The table lies on the device: kColumns columns of `tensors` 64-bit numbers
+// each, namely addresses of p, g, state1, state2, absmax1 and absmax2 (0 where there is none), number of
+// elements, first unit of work (see optimizer_units), and seed of stochastic rounding (-1 without).
+struct OptimizerStep {
+  static constexpr int kColumns = 9;
+  const int64_t* table;
+  int64_t tensors;
+  int64_t units;
+  int rule;  // a number of bnb::Rule
+  int dtype;
+  double lr, beta1, beta2, beta3, alpha, eps, weight_decay, gnorm_scale, step, max_unorm;
+  bool skip_zeros;
+  const float* code1;     // codebooks of 256 values, null for float32 states
+  const float* code2;
+  const void* schedule;   // (tensors, 4): lr, step, beta3, alpha; or null
+  bool schedule_double;   // float64, else float32
+  void* workspace;        // see optimizer_workspace, or null where that is 0
+};
+
+// Fills the column of first units from that of elements, both in host memory; returns their number.
+int64_t optimizer_units(const int64_t* elements, int64_t* first, int64_t tensors);
+// Bytes of workspace that a step needs.
+int64_t optimizer_workspace(int64_t tensors, int64_t units, double max_unorm, bool scheduled);
+void optimizer_step(const Launch&, const OptimizerStep&);
+
+// --- paging.cpp ------------------------------------------------------------------------------------
+// Memory that both the host and the device can use, and that the driver moves to where it is used.
+bool has_managed_memory(int device);
+uintptr_t allocate_managed(int device, int64_t bytes);
+void free_managed(uintptr_t address);
+void prefetch_managed(const Launch&, uintptr_t address, int64_t bytes, bool to_host);
+
 }  // namespace bnb_gpu

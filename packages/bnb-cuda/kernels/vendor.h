@@ -64,7 +64,11 @@ namespace bnb_gpu {
 // of one; shuffles name their width and therefore work in both.
 constexpr int kLanes = 32;
 
-#ifdef BNB_HIP
+#if defined(BNB_HIP) && defined(__HIPCC__)
+__device__ __forceinline__ bool group_any(bool value) {
+  const int half = (threadIdx.x % warpSize) / kLanes;
+  return (__ballot(value) >> (half * kLanes) & 0xffffffffull) != 0;
+}
 template <class T>
 __device__ __forceinline__ T shuffle(T value, int lane, int width = kLanes) {
   return __shfl(value, lane, width);
@@ -73,7 +77,8 @@ template <class T>
 __device__ __forceinline__ T shuffle_xor(T value, int mask, int width = kLanes) {
   return __shfl_xor(value, mask, width);
 }
-#else
+#elif defined(__CUDACC__)
+__device__ __forceinline__ bool group_any(bool value) { return __any_sync(0xffffffffu, value); }
 template <class T>
 __device__ __forceinline__ T shuffle(T value, int lane, int width = kLanes) {
   return __shfl_sync(0xffffffffu, value, lane, width);

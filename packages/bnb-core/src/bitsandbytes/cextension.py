@@ -93,7 +93,7 @@ def get_native_library() -> BNBNativeLibrary:
         if plugin.availability().available:
             return _library_class(backend.devices)(backend.ctypes_library())
     return ErrorHandlerMockBNBNativeLibrary(
-        f"no installed backend offers the C interface; for a GPU: pip install {WHEELS['cuda']}"
+        f"no installed backend offers the C interface; for a GPU: pip install {WHEELS['cuda']!r}"
     )
 
 

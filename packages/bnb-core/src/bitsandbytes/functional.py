@@ -20,7 +20,7 @@ from bitsandbytes.codebooks import (
     dynamic_map,
     named_4bit_type,
 )
-from bitsandbytes.contract import check_result_buffer
+from bitsandbytes.contract import TensorSpec, check_result_buffer
 from bitsandbytes.errors import ArgumentError, ArgumentTypeError
 from bitsandbytes.legacy.cpu_packing import (
     _convert_weight_packed_for_cpu,
@@ -275,9 +275,7 @@ def dequantize_4bit(
         )
     else:
         stats = state.absmax.to(torch.float32)
-        values = ops.dequantize_4bit.default(
-            A, stats, state.blocksize, state.quant_type, state.shape, state.dtype
-        )
+        values = ops.dequantize_4bit.default(A, stats, state.blocksize, state.quant_type, state.shape, state.dtype)
     # Packed codes come as a column; a row is how callers ask for the transposed matrix.
     return values.t() if A.shape[0] == 1 and A.dim() == 2 and values.dim() == 2 else values
 
@@ -495,7 +493,7 @@ def _deliver(op: str, name: str, result: torch.Tensor, buffer: torch.Tensor | No
     """Copy a result into the caller's buffer, if there is one, and return what the caller gets."""
     if buffer is None:
         return result
-    check_result_buffer(op, name, buffer, result, result.device)
+    check_result_buffer(op, name, buffer, TensorSpec(result.shape, result.dtype), result.device)
     return buffer.copy_(result)
 
 

@@ -30,6 +30,17 @@ class QuantState:
         nested: whether ``state2`` is present.
     """
 
+    absmax: torch.Tensor
+    shape: Any
+    dtype: Any
+    quant_type: str | None
+    nested: bool
+    # Which of these are None follows from the kind of state, which a type checker cannot see.
+    code: Any
+    blocksize: Any
+    offset: Any
+    state2: Any
+
     valid_quant_types = QUANT_TYPES_4BIT
     valid_qs_type_keys: ClassVar[list[str]] = [f"bitsandbytes__{name}" for name in ("fp4", "nf4")]
     valid_qs_keys: ClassVar[list[str]] = [

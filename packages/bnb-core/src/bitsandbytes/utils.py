@@ -58,18 +58,19 @@ def outlier_hook(module: torch.nn.Module, input: tuple[torch.Tensor, ...]) -> No
     it, so there its input decides: columns with a large deviation or with outlier magnitudes.
     """
     tracer = OutlierTracer.get_instance()
-    key = tracer.get_hvalue(module.weight)
+    weight: Any = module.weight
+    key = tracer.get_hvalue(weight)
     if key in tracer.hvalue2outlier_idx:
         # Every layer of one pass has been seen.
         for hook in tracer.hooks:
             hook.remove()
         return
-    tracer.outliers.append(find_outlier_dims(module.weight))
+    tracer.outliers.append(find_outlier_dims(weight))
     tracer.hvalues.append(key)
     if len(tracer.outliers) > 1:
         columns = tracer.outliers[-1]
-        if columns.numel() and int(columns.max()) >= module.weight.shape[1]:
-            raise RuntimeError(f"outlier column {int(columns.max())} of a weight with {module.weight.shape[1]} columns")
+        if columns.numel() and int(columns.max()) >= weight.shape[1]:
+            raise RuntimeError(f"outlier column {int(columns.max())} of a weight with {weight.shape[1]} columns")
     else:
         hidden = input[0].detach().reshape(-1, input[0].shape[-1])
         deviating = find_outlier_dims(hidden, reduction_dim=0, zscore=3)

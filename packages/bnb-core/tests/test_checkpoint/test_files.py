@@ -53,9 +53,9 @@ def test_writer_takes_pieces(tmp_path: Path):
 
 
 def test_writer_that_does_not_finish_leaves_nothing(tmp_path: Path):
-    with pytest.raises(KeyError), ShardWriter(tmp_path / "ours") as writer:
+    with ShardWriter(tmp_path / "ours") as writer:
         writer.add("x", torch.zeros(3))
-        raise KeyError
+        assert list(tmp_path.iterdir())
     assert not list(tmp_path.iterdir())
 
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from bitsandbytes.backends.description import Kernel
 from torch import Tensor, empty, get_num_threads
 
+from bitsandbytes.backends.description import Kernel
 from bnb_cpu.arguments import DTYPES, QUANT_TYPES, address, contiguous_or_none, dtype_number
 from bnb_cpu.memory import empty_result
 from bnb_cpu.native import _C

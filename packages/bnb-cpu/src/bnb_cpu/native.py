@@ -27,9 +27,7 @@ def _candidates() -> list[str]:
     """Runtimes to try, torch's own first; a path that is loaded already is not loaded twice."""
     root = Path(torch.__file__).parent
     folders = (root / "lib", root.parent / "torch.libs")
-    bundled = [
-        str(path) for folder in folders for pattern in ("libgomp*", "libomp*") for path in folder.glob(pattern)
-    ]
+    bundled = [str(path) for folder in folders for pattern in ("libgomp*", "libomp*") for path in folder.glob(pattern)]
     installed = (ctypes.util.find_library(name) for name in ("gomp", "omp", "iomp5"))
     return bundled + ["libgomp.so.1"] + [name for name in installed if name]
 

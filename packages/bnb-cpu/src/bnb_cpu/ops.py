@@ -9,19 +9,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor, get_num_threads
+
 from bitsandbytes.backends.description import Kernel
 from bitsandbytes.ops.common import NESTED_BLOCKSIZE
 from bitsandbytes.ops.fourbit_matmul import outside_of_table
-from torch import Tensor, get_num_threads
-
 from bnb_cpu.arguments import DTYPES, QUANT_TYPES, address, contiguous_or_none
 from bnb_cpu.matmul import MATMUL_KERNELS
 from bnb_cpu.memory import empty_result
 from bnb_cpu.native import _C
+from bnb_cpu.optim import OPTIM_KERNELS
 
-def quantize_4bit(
-    A: Tensor, blocksize: int, quant_type: str, quant_storage: torch.dtype
-) -> tuple[Tensor, Tensor]:
+
+def quantize_4bit(A: Tensor, blocksize: int, quant_type: str, quant_storage: torch.dtype) -> tuple[Tensor, Tensor]:
     """Native ``quantize_4bit``."""
     A = A.contiguous()
     count, device = A.numel(), A.device
@@ -217,4 +217,5 @@ KERNELS = (
     Kernel("dequantize_blockwise.out", dequantize_blockwise_out),
     Kernel("embedding_4bit", embedding_4bit),
     *MATMUL_KERNELS,
+    *OPTIM_KERNELS,
 )

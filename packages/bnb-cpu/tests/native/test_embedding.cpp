@@ -20,7 +20,8 @@ void check_gather(Random& random) {
                             kDtypeNames[dtype] + (nested ? " nested" : "");
 
   const Guarded packed((elements + 1) / 2, place), scales((nested ? outer_blocks : blocks) * 4, place);
-  const Guarded inner(blocks, place), table(256 * 4, place), indices(count * static_cast<int64_t>(sizeof(Index)), place);
+  const Guarded inner(blocks, place), table(256 * 4, place),
+      indices(count * static_cast<int64_t>(sizeof(Index)), place);
   const Guarded out(count * width * size_of(dtype), place), all(elements * size_of(dtype), place);
   const float offset = value_of_kind(random, 0);
   table.fill(random_code(random, 256).data());
@@ -40,8 +41,9 @@ void check_gather(Random& random) {
   // The dequantization kernels have their own test.
   const bnb_cpu::Kernels& kernels = bnb_cpu::kernels();
   if (nested) {
-    kernels.dequantize_4bit_nested(packed.as<uint8_t>(), scales.as<float>(), inner.as<uint8_t>(), table.as<float>(), 256,
-                                   &offset, elements, blocksize, nested_blocksize, quant_type, all.as<void>(), dtype, 1);
+    kernels.dequantize_4bit_nested(packed.as<uint8_t>(), scales.as<float>(), inner.as<uint8_t>(), table.as<float>(),
+                                   256, &offset, elements, blocksize, nested_blocksize, quant_type, all.as<void>(),
+                                   dtype, 1);
   } else {
     kernels.dequantize_4bit(packed.as<uint8_t>(), scales.as<float>(), elements, blocksize, quant_type, all.as<void>(),
                             dtype, 1);

@@ -111,7 +111,8 @@ void check_huge_pages() {
 
 int main() {
   for (const int threads : {0, 1, 2, 3, 4, 64}) {
-    for (const int64_t count : {int64_t{-1}, int64_t{0}, int64_t{1}, int64_t{2}, int64_t{7}, int64_t{1000}, int64_t{1} << 40}) {
+    for (const int64_t count :
+         {int64_t{-1}, int64_t{0}, int64_t{1}, int64_t{2}, int64_t{7}, int64_t{1000}, int64_t{1} << 40}) {
       for (const int64_t grain : {int64_t{0}, int64_t{1}, int64_t{3}, int64_t{1000}, int64_t{1} << 50}) {
         check_parts(threads, count, grain);
       }

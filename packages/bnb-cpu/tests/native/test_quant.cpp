@@ -21,7 +21,8 @@ struct Call {
 Call random_call(Random& random, int64_t most) {
   Call call;
   call.count = between(random, 0, 3) == 0 ? between(random, 0, most) : between(random, 0, 200);
-  call.blocksize = one_of<int64_t>(random, {2, 4, 6, 10, 16, 32, 62, 64, 66, 100, 128, 256, 512, 4096, int64_t{1} << 62});
+  call.blocksize =
+      one_of<int64_t>(random, {2, 4, 6, 10, 16, 32, 62, 64, 66, 100, 128, 256, 512, 4096, int64_t{1} << 62});
   call.dtype = static_cast<int>(between(random, 0, 2));
   call.quant_type = static_cast<int>(between(random, 0, 1));
   call.kind = static_cast<int>(between(random, 0, 5));
@@ -105,10 +106,9 @@ void check_dequantize_4bit(const Call& call, Random& random) {
   outer_scales.fill(outer.data());
   inner_codes.fill(absmax_8bit.data());
   table.fill(code.data());
-  bnb_cpu::kernels().dequantize_4bit_nested(packed.as<uint8_t>(), outer_scales.as<float>(), inner_codes.as<uint8_t>(),
-                                            table.as<float>(), code_size, &offset, call.count, call.blocksize,
-                                            nested_blocksize, call.quant_type, nested_out.as<void>(), call.dtype,
-                                            call.threads);
+  bnb_cpu::kernels().dequantize_4bit_nested(
+      packed.as<uint8_t>(), outer_scales.as<float>(), inner_codes.as<uint8_t>(), table.as<float>(), code_size, &offset,
+      call.count, call.blocksize, nested_blocksize, call.quant_type, nested_out.as<void>(), call.dtype, call.threads);
   check_same_floats(read_elements(nested_out.as<void>(), call.dtype, call.count), expected(expanded),
                     call.describe("dequantize_4bit_nested"));
   nested_out.check("out");

@@ -15,14 +15,14 @@
 #include "../../kernels/dispatch.h"
 
 // Ends the program with the text when the condition does not hold. printf format and values follow.
-#define CHECK(condition, ...)                                            \
-  do {                                                                   \
-    if (!(condition)) {                                                  \
+#define CHECK(condition, ...)                                              \
+  do {                                                                     \
+    if (!(condition)) {                                                    \
       std::fprintf(stderr, "%s:%d: %s: ", __FILE__, __LINE__, #condition); \
-      std::fprintf(stderr, __VA_ARGS__);                                 \
-      std::fprintf(stderr, "\n");                                        \
-      std::exit(1);                                                      \
-    }                                                                    \
+      std::fprintf(stderr, __VA_ARGS__);                                   \
+      std::fprintf(stderr, "\n");                                          \
+      std::exit(1);                                                        \
+    }                                                                      \
   } while (false)
 
 namespace testing {
@@ -111,7 +111,10 @@ inline float value_of_kind(Random& random, int kind) {
       return normal * 1e-41f;
     case 3: {
       const int64_t draw = between(random, 0, 40);
-      return draw == 0 ? float_of(0x7fc00000u) : draw == 1 ? float_of(0x7f800000u) : draw == 2 ? -float_of(0x7f800000u) : normal;
+      return draw == 0   ? float_of(0x7fc00000u)
+             : draw == 1 ? float_of(0x7f800000u)
+             : draw == 2 ? -float_of(0x7f800000u)
+                         : normal;
     }
     case 4:
       return between(random, 0, 3) == 0 ? normal : 0.0f;

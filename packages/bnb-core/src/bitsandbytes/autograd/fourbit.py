@@ -63,6 +63,8 @@ class MatMul4Bit(torch.autograd.Function):
         quant_state: QuantState | None = None,
     ) -> torch.Tensor:
         """Multiply."""
+        if quant_state is None:
+            raise ArgumentError("MatMul4Bit: quant_state is None, so B is not a quantized weight")
         ctx.state, ctx.bias_dtype = quant_state, None if bias is None else bias.dtype
         ctx.save_for_backward(B)
         result = multiply(A, B, quant_state, bias)

@@ -70,7 +70,7 @@ def prepare_weight(B: torch.Tensor, state: MatmulLtState) -> None:
             return
     state.CB, state.SCB = quantize_weight(B)
     # A weight in training changes behind any token: optimizers write through pointers.
-    state._token = None if state.is_training else weight_token(B)
+    state._token = None if state.is_training else weight_token(B)  # type: ignore[misc]  # no dataclass field
 
 
 def multiply(
@@ -98,7 +98,8 @@ class _Int8Function(torch.autograd.Function):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Save for backward; returns the codes and absmax of the weight."""
         prepare_weight(B, state)
-        CB, SCB = state.CB, state.SCB
+        CB: Any = state.CB
+        SCB: Any = state.SCB
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.weight_dtype = B.dtype
         wants_weight = B.requires_grad and B.is_floating_point()
@@ -202,5 +203,7 @@ def matmul(
         return MatMul8bitFp.apply(A, B, out, bias, state)
     if needs_grad:
         return MatMul8bitLt.apply(A, B, out, bias, state)
-    result = multiply(A, state.CB, state.SCB, bias, state)
+    CB: Any = state.CB
+    SCB: Any = state.SCB
+    result = multiply(A, CB, SCB, bias, state)
     return result if out is None else out.copy_(result)

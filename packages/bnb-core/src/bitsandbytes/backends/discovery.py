@@ -10,6 +10,7 @@ an error is raised only when the plugin's device is used.
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Iterable
 from typing import Any
@@ -97,7 +98,9 @@ def _load(plugin: Plugin, entry: Any) -> None:
     plugin.status, plugin.cause = Status.REGISTERED, ""
     before = _registered_kernels()
     try:
-        _resolve(plugin, entry.load())
+        # What a plugin prints must not get into the output of the user's program.
+        with contextlib.redirect_stdout(sys.stderr):
+            _resolve(plugin, entry.load())
     except KeyboardInterrupt:
         raise
     # A plugin may call sys.exit when its runtime is missing; that must not end the user's program.

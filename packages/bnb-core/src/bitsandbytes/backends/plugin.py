@@ -17,7 +17,8 @@ from bitsandbytes.errors import BackendError
 #: Wheels of this project by the torch device type that they serve, for hints.
 WHEELS = {
     "cpu": "bnb-core[cpu]",
-    "cuda": "bnb-core[cuda] (NVIDIA) or bnb-core[rocm] (AMD)",
+    # Both vendors' GPUs are "cuda" to torch; a build of torch knows only one of them.
+    "cuda": "bnb-core[cuda]" if torch.version.hip is None else "bnb-core[rocm]",
     "xpu": "bnb-core[xpu]",
     "mps": "bnb-core[mps]",
     "hpu": "bnb-core[hpu]",
@@ -217,7 +218,6 @@ def describe_exception(error: BaseException) -> str:
 
 def devices_by_name(name: str) -> tuple[str, ...]:
     """Device types that a backend with this name can be expected to serve in this build of torch."""
-    # Both vendors' GPUs are "cuda" to torch; a build of torch knows only one of them.
     if name in ("cuda", "rocm"):
         return ("cuda",) if (name == "rocm") == (torch.version.hip is not None) else ()
     return (name,) if name in WHEELS else ()

@@ -78,7 +78,8 @@ def _refuse_absurd_sizes(source: Source) -> None:
         pending += [value for value in entry.values() if isinstance(value, dict)]
         for name in ("num_hidden_layers", "n_layer", "num_layers", "encoder_layers", "decoder_layers"):
             layers = entry.get(name)
-            if isinstance(layers, int) and layers > tensors:
+            # Some architectures run a layer several times and count each.
+            if isinstance(layers, int) and layers > tensors + 1000:
                 raise CheckpointError(
                     f"{source.folder / 'config.json'}: {name} is {layers}, but the checkpoint has {tensors} tensors"
                 )
@@ -94,16 +95,14 @@ def structure_by_transformers(source: Source, options: QuantizeOptions) -> Struc
     """
     model = build_on_meta(source)
     _refuse_replaced_modules(model, source)
-    # A list in the configuration replaces the automatic one when the checkpoint is loaded, so it has
-    # to hold both.
-    skip_modules = sorted({*get_keys_to_not_convert(model), *options.skip}) if options.skip else None
+    skip_modules, warnings = _skip_modules(model, options)
     linear = linear_modules(model, skip_modules)
-    names = KeyResolver(model)
+    names = KeyResolver(model, _full_precision(model, source, options))
     structure = Structure(
         rule=f"transformers {transformers.__version__}: {type(model).__name__}",
         targets={},
         skip_modules=skip_modules,
-        full_precision=_full_precision(model, options),
+        warnings=warnings,
     )
     groups: dict[str, list[tuple[str, str]]] = defaultdict(list)
     reached: set[str] = set()
@@ -127,6 +126,24 @@ def structure_by_transformers(source: Source, options: QuantizeOptions) -> Struc
         )
     _check_shapes(structure, source)
     return structure
+
+
+def _skip_modules(model: Any, options: QuantizeOptions) -> tuple[list[str] | None, list[str]]:
+    """The entry ``llm_int8_skip_modules``, and warnings.
+
+    A list there replaces the automatic choice when the checkpoint is loaded, so it has to hold both.
+    It has full names: patterns mean different things to different versions of transformers.
+    """
+    if not options.skip:
+        return None, []
+    linear = linear_modules(model, [])
+    matched = [[name for name in linear if matches_skip(name, [pattern])] for pattern in options.skip]
+    warnings = [
+        f"skip pattern {pattern!r} matches no linear layer"
+        for pattern, names in zip(options.skip, matched, strict=True)
+        if not names
+    ]
+    return sorted({*get_keys_to_not_convert(model), *(name for names in matched for name in names)}), warnings
 
 
 def linear_modules(model: Any, skip_modules: list[str] | None) -> dict[str, bool]:
@@ -158,14 +175,15 @@ def _is_kept(name: str, kept: list[str]) -> bool:
     return matches_skip(name, kept)
 
 
-def _full_precision(model: Any, options: QuantizeOptions) -> tuple[str, ...]:
-    """Modules that transformers keeps in float32 when the model is cast to the dtype of the options."""
-    modules: set[str] = set()
-    if options.dtype == "float16":
-        modules.update(model._keep_in_fp32_modules or ())
-    if options.dtype in ("float16", "bfloat16"):
-        modules.update(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
-    return tuple(sorted(modules))
+def _full_precision(model: Any, source: Source, options: QuantizeOptions) -> list[str]:
+    """Patterns of parameters that transformers keeps in float32 in a model of float16 or bfloat16."""
+    dtype = options.dtype or source.config.get("dtype") or source.config.get("torch_dtype")
+    patterns: set[str] = set()
+    if dtype == "float16":
+        patterns.update(model._keep_in_fp32_modules or ())
+    if dtype in ("float16", "bfloat16"):
+        patterns.update(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+    return sorted(pattern.replace("*", ".*") for pattern in patterns)
 
 
 def _refuse_replaced_modules(model: Any, source: Source) -> None:
@@ -196,8 +214,9 @@ class KeyResolver:
     in names and in how tensors are cut.
     """
 
-    def __init__(self, model: Any):
+    def __init__(self, model: Any, full_precision: list[str]):
         self._model = model
+        self._full_precision = full_precision
         self._shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict(keep_vars=True).items()}
         self._renamings: list[Any] = []
         self._converters: list[Any] = []
@@ -232,9 +251,14 @@ class KeyResolver:
         """Describe a parameter; ``written_as`` is the name of its tensor in the new checkpoint."""
         module, _, name = parameter.rpartition(".")
         shape = self._shapes.get(parameter)
-        if name != "weight" or module not in linear or shape is None:
-            return Target(written_as, shape)
-        return Target(written_as, shape, quantize=True, transposed=linear[module])
+        quantize = name == "weight" and module in linear and shape is not None
+        return Target(
+            written_as,
+            shape,
+            quantize=quantize,
+            transposed=quantize and linear[module],
+            full_precision=any(re.search(pattern, parameter) for pattern in self._full_precision),
+        )
 
     def reshaping(self, parameter: str, members: list[tuple[str, str]], linear: dict[str, bool]) -> Reshaping:
         """The conversion that makes ``parameter`` and, where it splits, its siblings."""

@@ -20,7 +20,7 @@ from bitsandbytes.functional import (
     quantize_4bit,
     quantize_blockwise,
 )
-from bitsandbytes.ops.common import NESTED_BLOCKSIZE
+from bitsandbytes.ops.common import NESTED_BLOCKSIZE, block_count
 from bitsandbytes.state import QuantState
 
 #: Values that are quantized at once. Working memory is a few dozen bytes per value.
@@ -149,16 +149,17 @@ def _write_4bit(
     storage = STORAGE_DTYPES[options.storage]
     packed_shape = ((total + 1) // 2 // storage.itemsize, 1)
     writer.begin(name, DTYPE_NAMES[storage], packed_shape)
-    statistics = []
+    # Allocated before the pieces: many small results between large ones would fragment the heap.
+    absmax = torch.empty(block_count(total, options.blocksize), dtype=torch.float32, device=options.device)
     values = torch.empty(0)
     for first, count in _chunks(total, step):
         values = matrix.values(first, count).to(options.device)
         packed, state = quantize_4bit(values, blocksize=options.blocksize, quant_type=options.format)
         writer.write(packed.cpu())
-        statistics.append(state.absmax)
+        absmax[first // options.blocksize :][: state.absmax.numel()] = state.absmax
         _count_nonfinite(tally, name, values)
     writer.end()
-    state = _whole_state(matrix, torch.cat(statistics), options)
+    state = _whole_state(matrix, absmax, options)
     for first, count in _chunks(total, step):
         packed = writer.reread(first // 2, (count + 1) // 2)
         if total > step:
@@ -208,17 +209,17 @@ def _write_int8(
 ) -> None:
     rows, columns = matrix.shape
     writer.begin(name, "I8", matrix.shape)
-    scales = []
+    scales = torch.empty(rows, dtype=torch.float32, device=options.device)
     for first, count in _chunks(rows, max(chunk_values // max(columns, 1), 1)):
         values = matrix.rows(first, count).to(options.device)
         codes, absmax = quantize_weight(values)
         writer.write(codes.cpu())
-        scales.append(absmax)
+        scales[first : first + count] = absmax
         _count_nonfinite(tally, name, values)
         _count_error(tally, values, int8_vectorwise_dequant(codes, absmax))
     writer.end()
     module = name.removesuffix("weight")
-    writer.add(f"{module}SCB", torch.cat(scales).cpu())
+    writer.add(f"{module}SCB", scales.cpu())
     writer.add(f"{module}weight_format", torch.tensor(ROW_FORMAT, dtype=torch.uint8))
 
 

@@ -21,7 +21,7 @@ from bitsandbytes.checkpoint.encode import (
     write_quantized,
 )
 from bitsandbytes.checkpoint.options import QuantizeOptions, quantization_config, refuse_quantized
-from bitsandbytes.checkpoint.plan import Item, Plan, is_cast, make_plan
+from bitsandbytes.checkpoint.plan import Item, Plan, kept_cast, make_plan
 from bitsandbytes.checkpoint.report import Progress, QuantizeReport, Tally
 from bitsandbytes.checkpoint.sidecar import copy_sidecars, write_config, write_index
 from bitsandbytes.checkpoint.source import Source, open_source
@@ -81,7 +81,7 @@ def quantize_checkpoint(
         with Workspace(out_folder, _fingerprint(checkpoint, structure, plan, options), resume) as workspace:
             resumed = len(workspace.finished)
             _check_space(plan, workspace)
-            _write_shards(checkpoint, structure, plan, options, workspace, progress, chunk_values)
+            _write_shards(checkpoint, plan, options, workspace, progress, chunk_values)
             report = _complete(checkpoint, structure, plan, options, workspace)
             _check_unchanged(checkpoint)
             workspace.publish()
@@ -101,7 +101,7 @@ def _fingerprint(source: Source, structure: Structure, plan: Plan, options: Quan
             "source": [str(source.folder.resolve()), source.fingerprint()],
             "config": hashlib.sha256(json.dumps(source.config, sort_keys=True).encode()).hexdigest(),
             "options": options.as_dict(),
-            "structure": [structure.rule, structure.skip_modules, structure.full_precision],
+            "structure": [structure.rule, structure.skip_modules],
             "plan": plan.digest,
         }
     )
@@ -128,7 +128,6 @@ def _check_unchanged(source: Source) -> None:
 
 def _write_shards(
     source: Source,
-    structure: Structure,
     plan: Plan,
     options: QuantizeOptions,
     workspace: Workspace,
@@ -145,7 +144,7 @@ def _write_shards(
         with ShardWriter(workspace.folder / shard.name) as writer:
             tally = Tally()
             for item in shard.items:
-                _write_item(writer, source, item, structure, options, tally, chunk_values)
+                _write_item(writer, source, item, options, tally, chunk_values)
                 done += item.read_bytes
                 if progress is not None:
                     progress(Progress(done, plan.read_bytes, shard.name, item.targets[0].name))
@@ -158,7 +157,6 @@ def _write_item(
     writer: ShardWriter,
     source: Source,
     item: Item,
-    structure: Structure,
     options: QuantizeOptions,
     tally: Tally,
     chunk_values: int,
@@ -169,10 +167,10 @@ def _write_item(
     info, target = item.sources[0], item.targets[0]
     file = source.file(info.name)
     if not target.quantize:
-        _write_kept(writer, source, info, options.cast_dtype if is_cast(info, structure, options) else None, tally)
+        _write_kept(writer, source, info, kept_cast(info, target, options), tally)
         return
     kind = TransposedMatrix if target.transposed else StoredMatrix
-    _write_matrix(writer, target, kind(file, info, options.cast_dtype), options, tally, chunk_values)
+    _write_matrix(writer, target, kind(file, info, target.cast_for(options.cast_dtype)), options, tally, chunk_values)
 
 
 def _write_matrix(
@@ -219,6 +217,8 @@ def _write_reshaped(
             where = source.where(item.sources[0].name)
             raise CheckpointError(f"{where} gives {got} for {target.name!r}, the architecture has {target.shape}")
         tensor = made.pop(target.name)
+        if target.quantize and target.full_precision:
+            tensor = tensor.float()
         if target.quantize:
             matrix = LoadedMatrix(tensor.t().contiguous() if target.transposed else tensor)
             _write_matrix(writer, target, matrix, options, tally, chunk_values)

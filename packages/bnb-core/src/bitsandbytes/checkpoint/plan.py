@@ -107,33 +107,32 @@ def _items(source: Source, structure: Structure, options: QuantizeOptions) -> li
     for key in source.names():
         reshaping = grouped.get(key)
         if reshaping is None:
-            items.append(_single_item(source, key, structure.targets.get(key, Target(key)), structure, options))
+            items.append(_single_item(source, key, structure.targets.get(key, Target(key)), options))
         elif reshaping.sources not in done:
             done.add(reshaping.sources)
             items.append(_reshaped_item(source, reshaping, options))
     return items
 
 
-def _single_item(source: Source, key: str, target: Target, structure: Structure, options: QuantizeOptions) -> Item:
+def _single_item(source: Source, key: str, target: Target, options: QuantizeOptions) -> Item:
     info = source.info(key)
+    cast = kept_cast(info, target, options)
     if target.quantize:
-        _check_quantizable(source, key, info, options)
+        _check_quantizable(source, info, target.cast_for(options.cast_dtype))
         return Item((info,), (target,), _quantized_bytes(source.where(key), info.shape, options))
-    cast = options.cast_dtype
-    itemsize = cast.itemsize if cast and is_cast(info, structure, options) else None
-    return Item((info,), (target,), info.numel * itemsize if itemsize else info.nbytes)
+    return Item((info,), (target,), info.nbytes if cast is None else info.numel * cast.itemsize)
 
 
-def is_cast(info: TensorInfo, structure: Structure, options: QuantizeOptions) -> bool:
-    """Whether a kept tensor changes its dtype."""
-    return options.cast_dtype is not None and info.dtype in FLOAT_DTYPES and not structure.keeps_dtype(info.name)
+def kept_cast(info: TensorInfo, target: Target, options: QuantizeOptions) -> torch.dtype | None:
+    """The dtype that a tensor which is not quantized is cast to, if any."""
+    return target.cast_for(options.cast_dtype) if info.dtype in FLOAT_DTYPES else None
 
 
 def _reshaped_item(source: Source, reshaping: Reshaping, options: QuantizeOptions) -> Item:
     infos = tuple(source.info(key) for key in reshaping.sources)
     nbytes = 0
     for info in infos:
-        _check_quantizable(source, info.name, info, options)
+        _check_quantizable(source, info, options.cast_dtype, matrix=False)
     for target in reshaping.targets:
         if target.name in source:
             raise CheckpointError(f"{source.where(target.name)} is also made from {reshaping.sources[0]!r}")
@@ -146,16 +145,16 @@ def _reshaped_item(source: Source, reshaping: Reshaping, options: QuantizeOption
     return Item(infos, reshaping.targets, nbytes, reshaping)
 
 
-def _check_quantizable(source: Source, key: str, info: TensorInfo, options: QuantizeOptions) -> None:
-    allowed = {"F32", "F16", "BF16"} | ({"F64"} if options.dtype else set())
+def _check_quantizable(source: Source, info: TensorInfo, cast: torch.dtype | None, matrix: bool = True) -> None:
+    allowed = FLOAT_DTYPES if cast is not None else FLOAT_DTYPES - {"F64"}
     if info.dtype not in allowed:
         advice = "; pass dtype to cast it first" if info.dtype == "F64" else ""
         raise CheckpointError(
-            f"{source.where(key)} is the weight of a linear layer and has dtype {info.dtype}; "
+            f"{source.where(info.name)} is the weight of a linear layer and has dtype {info.dtype}; "
             f"weights of dtype {', '.join(sorted(allowed))} can be quantized{advice}"
         )
-    if len(info.shape) != 2:
-        raise CheckpointError(f"{source.where(key)} is the weight of a linear layer, but has shape {info.shape}")
+    if matrix and len(info.shape) != 2:
+        raise CheckpointError(f"{source.where(info.name)} is the weight of a linear layer, but has shape {info.shape}")
 
 
 def _quantized_bytes(where: str, shape: tuple[int, ...], options: QuantizeOptions) -> int:

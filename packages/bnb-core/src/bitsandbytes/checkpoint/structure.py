@@ -9,9 +9,8 @@ result says so. Code that comes with a checkpoint is never run.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
@@ -23,6 +22,9 @@ RULE_BY_NAME = "names and shapes"
 
 #: Architectures whose linear layers store their weight as (in, out): ``Conv1D`` of transformers.
 CONV1D_MODEL_TYPES = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
+
+#: Linear layers that these architectures keep in full precision in a model of float16.
+KEPT_LAYERS = dict.fromkeys(("t5", "mt5", "umt5", "udop", "pop2piano"), ("wo",))
 
 #: Parts of module names that mark what is kept in the rule on names: embeddings, norms and outputs.
 _KEPT_PARTS = re.compile(
@@ -41,12 +43,24 @@ class Target:
         shape: shape that the architecture gives it, where it is known.
         quantize: whether it is the weight of a linear layer that gets quantized.
         transposed: whether the layer is a ``Conv1D``, whose weight is transposed first.
+        full_precision: whether the architecture wants it in float32 in a model of float16 or bfloat16.
     """
 
     name: str
     shape: tuple[int, ...] | None = None
     quantize: bool = False
     transposed: bool = False
+    full_precision: bool = False
+
+    def cast_for(self, dtype: torch.dtype | None) -> torch.dtype | None:
+        """The dtype that floating point values are cast to where ``dtype`` is asked for.
+
+        What is kept in full precision is not cast when it is copied; a weight to be quantized is
+        cast to float32, as loading does.
+        """
+        if self.full_precision:
+            return torch.float32 if self.quantize else None
+        return dtype
 
 
 @dataclass(frozen=True)
@@ -73,7 +87,6 @@ class Structure:
         targets: by key of the checkpoint; keys that are not here are copied as they are.
         reshapings: groups of tensors that are converted together.
         skip_modules: entry ``llm_int8_skip_modules`` of the configuration.
-        full_precision: patterns of parameters that a cast to float16 or bfloat16 leaves alone.
         warnings: what the user should know.
     """
 
@@ -81,15 +94,7 @@ class Structure:
     targets: dict[str, Target]
     reshapings: list[Reshaping] = field(default_factory=list)
     skip_modules: list[str] | None = None
-    full_precision: tuple[str, ...] = ()
     warnings: list[str] = field(default_factory=list)
-
-    def keeps_dtype(self, key: str) -> bool:
-        """Whether a cast leaves a tensor alone, as the architecture wants it in full precision."""
-        return any(
-            re.search(rf"(^|\.){re.escape(pattern).replace(re.escape('*'), '.*')}(\.|$)", key)
-            for pattern in self.full_precision
-        )
 
 
 def find_structure(source: Source, options: QuantizeOptions) -> Structure:
@@ -116,7 +121,9 @@ def structure_by_name(source: Source, options: QuantizeOptions, reason: str) -> 
     other matrices are listed in the configuration as modules to skip, so that a loader makes the same
     choice. Architectures with ``Conv1D`` layers are known by their ``model_type``.
     """
-    transposed = source.config.get("model_type") in CONV1D_MODEL_TYPES
+    model_type = source.config.get("model_type")
+    transposed = model_type in CONV1D_MODEL_TYPES
+    kept_layers = KEPT_LAYERS.get(model_type, ()) if isinstance(model_type, str) else ()
     targets: dict[str, Target] = {}
     kept: list[str] = []
     for key in source.names():
@@ -124,19 +131,19 @@ def structure_by_name(source: Source, options: QuantizeOptions, reason: str) -> 
         info = source.info(key)
         if name != "weight" or len(info.shape) != 2 or info.dtype not in FLOAT_DTYPES:
             continue
-        if _KEPT_PARTS.search(module) or matches_skip(module, options.skip):
+        if _KEPT_PARTS.search(module) or matches_skip(module, (*kept_layers, *options.skip)):
             kept.append(module)
         else:
             targets[key] = Target(key, quantize=True, transposed=transposed)
     return Structure(
         rule=RULE_BY_NAME,
         targets=targets,
-        skip_modules=sorted({*kept, "lm_head", *options.skip}),
+        skip_modules=sorted({*kept, "lm_head"}),
         warnings=[f"linear layers were chosen by {RULE_BY_NAME}: {reason}"],
     )
 
 
-def matches_skip(module: str, patterns: Any) -> bool:
+def matches_skip(module: str, patterns: Iterable[str]) -> bool:
     """Whether a module is named by a skip list, as transformers reads it.
 
     A pattern matches from the start of the name up to the end of a part (a name or a regular

@@ -117,6 +117,8 @@ class Workspace:
         replaces = os.path.lexists(self.out)
         try:
             if replaces:
+                # Left by a run that was killed between the two renames; what stands at OUT is newer.
+                shutil.rmtree(old, ignore_errors=True)
                 os.replace(self.out, old)
             try:
                 os.replace(self.folder, self.out)
@@ -130,8 +132,7 @@ class Workspace:
                 f"{self.out}: the finished checkpoint cannot be moved here and stays in {self.folder}: "
                 f"{error.strerror or error}"
             ) from error
-        if replaces:
-            shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
         self._release_lock()
         shutil.rmtree(self.root, ignore_errors=True)
 

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+
+from bitsandbytes.cli.output import console, facts, json_option, print_json, styled, table
 
 
 @click.command()
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option("--tensors", is_flag=True, help="List every tensor.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@json_option
 def inspect(path: Path, tensors: bool, as_json: bool) -> None:
     """Tell what the checkpoint folder or safetensors file PATH holds, without reading its weights.
 
@@ -29,10 +28,10 @@ def inspect(path: Path, tensors: bool, as_json: bool) -> None:
         summary = inspect_checkpoint(path)
     except CheckpointError as error:
         if as_json:
-            click.echo(json.dumps({"error": str(error)}))
+            print_json({"error": str(error)})
         raise click.ClickException(str(error)) from error
     if as_json:
-        click.echo(json.dumps(summary.to_dict(tensors), indent=2))
+        print_json(summary.to_dict(tensors))
     else:
         _print_summary(summary, tensors)
     if summary.problems:
@@ -40,54 +39,60 @@ def inspect(path: Path, tensors: bool, as_json: bool) -> None:
 
 
 def _print_summary(summary: Any, tensors: bool) -> None:
-    console = Console(soft_wrap=True)
-    console.print(_overview(summary))
-    console.print(_kinds(summary))
+    out = console()
+    out.print(_overview(summary))
+    out.print()
+    out.print(_kinds(summary))
     if tensors:
-        console.print(_tensors(summary))
+        out.print()
+        out.print(_tensors(summary))
     for problem in summary.problems:
-        console.print(f"[red]problem:[/] {escape(problem)}", highlight=False)
+        out.print(styled(f"problem: {problem}", "bad"))
 
 
 def _overview(summary: Any) -> Table:
-    table = Table(show_header=False, box=None)
-    table.add_row("path", escape(summary.path))
-    table.add_row("format", summary.format)
-    table.add_row("size", f"{summary.nbytes / 1e6:,.1f} MB in {len(summary.files)} file(s)")
-    table.add_row("parameters", f"{summary.parameters:,}, {summary.bits_per_parameter:.2f} bits each")
+    rows = {
+        "path": summary.path,
+        "format": summary.format,
+        "size": f"{summary.nbytes / 1e6:,.1f} MB in {len(summary.files)} file(s)",
+        "parameters": f"{summary.parameters:,}, {summary.bits_per_parameter:.2f} bits each",
+    }
     if summary.quantized_bits_per_parameter is not None:
-        table.add_row("quantized", f"{summary.quantized_bits_per_parameter:.2f} bits per parameter")
+        rows["quantized"] = f"{summary.quantized_bits_per_parameter:.2f} bits per parameter"
     if summary.blocksizes:
         nested = {True: "nested", False: "not nested", None: "partly nested"}[summary.nested]
-        table.add_row("statistics", f"blocks of {', '.join(map(str, summary.blocksizes))}, {nested}")
+        rows["statistics"] = f"blocks of {', '.join(map(str, summary.blocksizes))}, {nested}"
     if summary.config is not None:
-        table.add_row("config.json", escape(_config_line(summary.config)))
-    return table
+        rows["config.json"] = _config_line(summary.config)
+    return facts(rows)
 
 
 def _config_line(config: dict[str, Any]) -> str:
-    keys = ("quant_method", "bnb_4bit_compute_dtype", "bnb_4bit_quant_storage", "llm_int8_threshold")
+    keys = ["quant_method", "bnb_4bit_compute_dtype", "bnb_4bit_quant_storage"]
+    if config.get("load_in_8bit"):
+        keys = ["quant_method", "llm_int8_threshold"]
     line = ", ".join(f"{key} {config[key]}" for key in keys if key in config)
     skipped = config.get("llm_int8_skip_modules")
-    return line + (f", skips {', '.join(map(str, skipped))}" if skipped else "")
+    return line + (f", skips {', '.join(map(str, skipped))}" if isinstance(skipped, list) and skipped else "")
 
 
 def _kinds(summary: Any) -> Table:
-    table = Table("kind", box=None)
+    result = table("kind")
     for heading in ("tensors", "parameters", "bytes"):
-        table.add_column(heading, justify="right")
+        result.add_column(heading, justify="right")
     for kind, row in summary.kinds.items():
-        table.add_row(kind, f"{row['tensors']:,}", f"{row['parameters']:,}", f"{row['bytes']:,}")
-    return table
+        result.add_row(kind, f"{row['tensors']:,}", f"{row['parameters']:,}", f"{row['bytes']:,}")
+    return result
 
 
 def _tensors(summary: Any) -> Table:
-    table = Table("tensor", "kind", "shape", "dtype", "statistics", box=None)
-    table.add_column("bytes", justify="right")
+    result = table("tensor", "kind", "shape", "dtype", "statistics")
+    result.add_column("bytes", justify="right")
     for tensor in summary.tensors:
         statistics = ""
         if tensor.blocksize is not None:
             statistics = f"blocks of {tensor.blocksize}{', nested' if tensor.nested else ''}"
         shape = " x ".join(map(str, tensor.shape))
-        table.add_row(escape(tensor.name), tensor.kind, shape, tensor.dtype or "", statistics, f"{tensor.nbytes:,}")
-    return table
+        row = (tensor.name, tensor.kind, shape, tensor.dtype or "", statistics, f"{tensor.nbytes:,}")
+        result.add_row(*map(styled, row))
+    return result

@@ -10,7 +10,6 @@ Exit codes, for every command:
 from __future__ import annotations
 
 import importlib
-from importlib import metadata
 
 import click
 
@@ -50,15 +49,12 @@ class LazyGroup(click.Group):
 def _print_version(ctx: click.Context, _param: click.Parameter, value: bool) -> None:
     if not value or ctx.resilient_parsing:
         return
-    click.echo(f"bnb-core {_version_of('bnb-core')}, torch {_version_of('torch')}")
+    import torch
+
+    import bitsandbytes
+
+    click.echo(f"bnb-core {bitsandbytes.__version__}, torch {torch.__version__}")
     ctx.exit()
-
-
-def _version_of(distribution: str) -> str:
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return "unknown"
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})

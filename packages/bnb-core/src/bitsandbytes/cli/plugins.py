@@ -34,6 +34,7 @@ def list_plugins(as_json: bool) -> None:
         print_json(described)
     elif described:
         console().print(plugins_table(described))
+        print_reasons(described)
     else:
         click.echo("No backend is installed; every op runs on the PyTorch reference.")
         click.echo("To install one: pip install 'bnb-core[cpu]', 'bnb-core[cuda]', 'bnb-core[rocm]', ...")
@@ -80,15 +81,23 @@ def plugins_table(described: list[dict[str, Any]]) -> Any:
 
 
 def state_of(plugin: dict[str, Any]) -> Text:
-    """State of a described plugin in words."""
-    status, reason = plugin["status"], plugin["reason"]
+    """State of a described plugin in a word or two."""
     if plugin["available"]:
         return styled("available", "good")
-    if status in ("broken", "incompatible"):
-        return styled(f"{status}: {reason}. To mend it: {plugin['mend']}", "bad")
-    if status == "registered":
-        return styled(f"not available: {reason}", "poor")
-    return styled(f"{status}: {reason}")
+    if plugin["status"] in ("broken", "incompatible"):
+        return styled(plugin["status"], "bad")
+    return styled("not available", "poor") if plugin["status"] == "registered" else styled(plugin["status"])
+
+
+def print_reasons(described: list[dict[str, Any]]) -> None:
+    """Why plugins are not in use, each on a line of its own: a command must not wrap."""
+    output = console()
+    for plugin in described:
+        if plugin["reason"]:
+            output.print()
+            output.print(Text(f"{plugin['name']}: {plugin['reason']}"), soft_wrap=True)
+        if plugin["mend"]:
+            output.print(Text(f"    to mend it: {plugin['mend']}"), soft_wrap=True)
 
 
 def _coverage_of(plugin: dict[str, Any]) -> str:
@@ -128,3 +137,4 @@ def _print_plugin(plugin: dict[str, Any]) -> None:
             ops.add_row(name, styled(kind, "good" if kind == "native" else "plain"))
         output.print()
         output.print(ops)
+    print_reasons([plugin])

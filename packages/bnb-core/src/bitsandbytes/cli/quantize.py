@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,8 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.progress import Progress as ProgressBar
 from rich.table import Table
+
+from bitsandbytes.cli.output import console, facts, json_option, print_json
 
 _SHORT_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
@@ -94,7 +95,7 @@ class SizeType(click.ParamType):
     "--resume/--no-resume", default=True, show_default=True, help="Continue an interrupted run, or start again."
 )
 @click.option("--force", is_flag=True, help="Replace OUT if it is a checkpoint, once the new one is complete.")
-@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+@json_option
 @click.option("-q", "--quiet", is_flag=True, help="No progress bar and no report; warnings stay.")
 def quantize(
     source: Path,
@@ -118,8 +119,7 @@ def quantize(
     from bitsandbytes.checkpoint import CheckpointError, QuantizeOptions, quantize_checkpoint
     from bitsandbytes.errors import ArgumentError
 
-    errors = Console(stderr=True)
-    with _progress_bar(errors, hidden=quiet or as_json) as bar:
+    with _progress_bar(hidden=quiet or as_json) as bar:
         task = bar.add_task("reading", total=None)
 
         def show(progress: Any) -> None:
@@ -138,49 +138,43 @@ def quantize(
             raise click.UsageError(str(error)) from error
         except CheckpointError as error:
             if as_json:
-                click.echo(json.dumps({"error": str(error)}))
+                print_json({"error": str(error)})
             raise click.ClickException(str(error)) from error
     if as_json:
-        click.echo(json.dumps(report.to_dict(), indent=2))
+        print_json(report.to_dict())
         return
     if not quiet:
-        _print_report(report)
+        console().print(_table(report))
     for warning in report.warnings:
-        errors.print(f"[yellow]warning:[/] {_escaped(warning)}", highlight=False, soft_wrap=True)
+        click.echo(f"warning: {warning}", err=True)
 
 
-def _progress_bar(console: Console, hidden: bool) -> ProgressBar:
+def _progress_bar(hidden: bool) -> ProgressBar:
+    terminal = Console(stderr=True)
     return ProgressBar(
         TextColumn("{task.description}"),
         BarColumn(),
         DownloadColumn(),
         TransferSpeedColumn(),
         TimeRemainingColumn(),
-        console=console,
-        disable=hidden or not console.is_terminal,
+        console=terminal,
+        disable=hidden or not terminal.is_terminal,
         transient=True,
     )
 
 
-def _escaped(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)
-
-
-def _print_report(report: Any) -> None:
-    table = Table(show_header=False, box=None)
-    table.add_row("written", _escaped(report.out))
-    table.add_row("format", f"{report.format}, {report.bits_per_parameter:.2f} bits per quantized parameter")
-    table.add_row("linear layers", f"{report.quantized_tensors} tensors, chosen by {report.rule}")
-    table.add_row("kept", f"{report.kept_tensors} tensors, {report.kept_parameters:,} parameters")
-    table.add_row(
-        "size",
-        f"{report.bytes_before / 1e6:,.1f} MB to {report.bytes_after / 1e6:,.1f} MB, {report.ratio:.2f} times less",
-    )
-    table.add_row("error", f"{report.relative_rms_error:.4%} relative RMS of the quantized weights")
+def _table(report: Any) -> Table:
     resumed = f", {report.resumed_shards} files from an earlier run" if report.resumed_shards else ""
-    table.add_row("time", f"{report.seconds:.1f} s{resumed}")
+    rows = {
+        "written": report.out,
+        "format": f"{report.format}, {report.bits_per_parameter:.2f} bits per quantized parameter",
+        "linear layers": f"{report.quantized_tensors} tensors, chosen by {report.rule}",
+        "kept": f"{report.kept_tensors} tensors, {report.kept_parameters:,} parameters",
+        "size": f"{report.bytes_before / 1e6:,.1f} MB to {report.bytes_after / 1e6:,.1f} MB, "
+        f"{report.ratio:.2f} times less",
+        "error": f"{report.relative_rms_error:.2%} relative RMS of the quantized weights",
+        "time": f"{report.seconds:.1f} s{resumed}",
+    }
     if report.left_out:
-        table.add_row("left out", _escaped(", ".join(report.left_out)))
-    Console(soft_wrap=True).print(table)
+        rows["left out"] = ", ".join(report.left_out)
+    return facts(rows)

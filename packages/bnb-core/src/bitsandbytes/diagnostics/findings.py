@@ -158,7 +158,7 @@ def _device_findings(device: str, registry: Registry) -> Iterator[Finding]:
         yield Finding(
             Level.WARNING,
             f"no backend for device {device!r} is installed; it runs on the slower PyTorch reference",
-            f"pip install {wheel}" if wheel else "install a backend plugin for this device",
+            f"pip install {wheel!r}" if wheel else "install a backend plugin for this device",
         )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from typing import Any
 
 from bitsandbytes.backends.plugin import FAILED, Plugin, Status
@@ -13,7 +15,10 @@ from bitsandbytes.errors import BackendError
 def describe_plugins(registry: Registry = REGISTRY) -> list[dict[str, Any]]:
     """Every installed plugin, in order of its name; available backends are loaded for it."""
     registry.settle()
-    return [describe_plugin(plugin, registry) for plugin in sorted(registry.plugins, key=lambda plugin: plugin.name)]
+    plugins = sorted(registry.plugins, key=lambda plugin: plugin.name)
+    # A backend may print while it is probed and loaded; standard output is for the description.
+    with contextlib.redirect_stdout(sys.stderr):
+        return [describe_plugin(plugin, registry) for plugin in plugins]
 
 
 def describe_plugin(plugin: Plugin, registry: Registry = REGISTRY) -> dict[str, Any]:

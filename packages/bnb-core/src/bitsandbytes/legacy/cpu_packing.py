@@ -11,6 +11,8 @@ transposed to ``(K / blocksize, N)`` and rounded to bfloat16.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from bitsandbytes.errors import ArgumentError
@@ -18,7 +20,7 @@ from bitsandbytes.state import QuantState
 
 
 def _convert_weight_packed_for_cpu(
-    qweight: torch.Tensor, quant_state: QuantState, block_n: int = 32
+    qweight: torch.Tensor, quant_state: Any, block_n: int = 32
 ) -> tuple[torch.Tensor, QuantState]:
     """Interleave a packed weight.
 
@@ -56,7 +58,7 @@ def _convert_weight_packed_for_cpu(
 
 
 def _convert_weight_packed_for_cpu_inverse(
-    packed_weight: torch.Tensor, quant_state: QuantState, block_n: int = 32
+    packed_weight: torch.Tensor, quant_state: Any, block_n: int = 32
 ) -> tuple[torch.Tensor, QuantState]:
     """Undo :func:`_convert_weight_packed_for_cpu`, exactly.
 

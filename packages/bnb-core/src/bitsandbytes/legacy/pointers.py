@@ -24,9 +24,7 @@ def is_on_gpu(tensors: Iterable[torch.Tensor | None]) -> bool:
     Raises:
         RuntimeError: a tensor is on the CPU, or they are on different devices.
     """
-    devices = {
-        tensor.device for tensor in tensors if tensor is not None and not getattr(tensor, "is_paged", False)
-    }
+    devices = {tensor.device for tensor in tensors if tensor is not None and not getattr(tensor, "is_paged", False)}
     if any(device.type == "cpu" for device in devices) or len(devices) > 1:
         found = ", ".join(sorted(str(device) for device in devices))
         raise ArgumentError(f"all input tensors must be on the same GPU, but they are on: {found}")

@@ -141,7 +141,9 @@ class Embedding8bit(Storage8bit, torch.nn.Embedding):
             return functional.embedding(input, weight).to(self.dtype)
         scales = self._scales()
         if scales is None:
-            raise ArgumentError("Embedding8bit: the table holds int8 codes, but weight.SCB, the absmax of rows, is None")
+            raise ArgumentError(
+                "Embedding8bit: the table holds int8 codes, but weight.SCB, their absmax by row, is None"
+            )
         rows = functional.embedding(input, weight.data)
         return _ops.int8_vectorwise_dequant.default(rows, scales[input]).to(self.dtype)
 

@@ -28,7 +28,11 @@ class Int8Params(torch.nn.Parameter):
             they are ignored.
     """
 
-    def __new__(
+    CB: torch.Tensor | None
+    SCB: torch.Tensor | None
+    has_fp16_weights: bool
+
+    def __new__(  # noqa: D102  # the class says it
         cls,
         data: torch.Tensor | None = None,
         requires_grad: bool = True,
@@ -66,30 +70,34 @@ class Int8Params(torch.nn.Parameter):
                 return self
             new = self._with_data(super().to(device=device, non_blocking=non_blocking))
             # The meta device serves to free memory, and a hook that puts the codes back brings SCB along.
-            gone = device.type == "meta" or self.SCB is None
-            new.CB = None if device.type == "meta" else new.data
-            new.SCB = None if gone else self.SCB.to(device, non_blocking=non_blocking)
+            on_meta = device.type == "meta"
+            new.CB = None if on_meta else new.data
+            new.SCB = None if on_meta or self.SCB is None else self.SCB.to(device, non_blocking=non_blocking)
             return new
         if self.has_fp16_weights or device is None or device.type == "meta" or self.device.type == "meta":
             moved = super().to(device=device, dtype=dtype, non_blocking=non_blocking)
             return self if moved is self else self._with_data(moved)
         return self._quantize(device)
 
-    def cpu(self) -> Int8Params:
+    def cpu(self) -> Int8Params:  # type: ignore[override]  # codes have no memory format
         """Move to the CPU."""
         return self.to(device="cpu")
 
-    def cuda(self, device: int | torch.device | str | None = None, non_blocking: bool = False) -> Int8Params:
+    def cuda(  # type: ignore[override]  # codes have no memory format
+        self, device: int | torch.device | str | None = None, non_blocking: bool = False
+    ) -> Int8Params:
         """Move to a CUDA device, the current one where not given."""
         return self.to(device="cuda" if device is None else device, non_blocking=non_blocking)
 
-    def xpu(self, device: int | torch.device | str | None = None, non_blocking: bool = False) -> Int8Params:
+    def xpu(  # type: ignore[override]  # codes have no memory format
+        self, device: int | torch.device | str | None = None, non_blocking: bool = False
+    ) -> Int8Params:
         """Move to an XPU device, the current one where not given."""
         return self.to(device="xpu" if device is None else device, non_blocking=non_blocking)
 
     def _with_data(self, data: torch.Tensor) -> Int8Params:
         """A parameter like this one around other data."""
-        attributes = {name: self.__dict__.get(name) for name in ATTRIBUTES}
+        attributes: dict[str, Any] = {name: self.__dict__.get(name) for name in ATTRIBUTES}
         new = type(self)(data.detach(), requires_grad=self.requires_grad, **attributes)
         new.__dict__.update({name: value for name, value in self.__dict__.items() if name not in ATTRIBUTES})
         return new

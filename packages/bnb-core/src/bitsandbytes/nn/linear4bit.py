@@ -66,7 +66,7 @@ class Linear4bit(Storage4bit, torch.nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Apply the layer to ``x`` of shape ``(..., input_features)``."""
-        weight = self._parameters["weight"]
+        weight: Any = self._parameters["weight"]
         state = getattr(weight, "quant_state", None)
         if state is None:
             return self._forward_unusual(x)

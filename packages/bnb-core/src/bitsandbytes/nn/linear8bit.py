@@ -40,15 +40,13 @@ class Linear8bitLt(Storage8bit, torch.nn.Linear):
         device: Any = None,
     ) -> None:
         super().__init__(input_features, output_features, bias, device)
-        self.state = MatmulLtState()
+        self.state: MatmulLtState = MatmulLtState()
         self.index = index
         self.state.threshold = threshold
         self.state.has_fp16_weights = has_fp16_weights
         if threshold > 0.0 and not has_fp16_weights:
             self.state.use_pool = True
-        self.weight = Int8Params(
-            self.weight.data, requires_grad=has_fp16_weights, has_fp16_weights=has_fp16_weights
-        )
+        self.weight = Int8Params(self.weight.data, requires_grad=has_fp16_weights, has_fp16_weights=has_fp16_weights)
         self._prepare_storage()
 
     def init_8bit_state(self) -> None:
@@ -61,7 +59,8 @@ class Linear8bitLt(Storage8bit, torch.nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Apply the layer to ``x`` of shape ``(..., input_features)``."""
-        weight, bias, state = self._parameters["weight"], self._parameters["bias"], self.state
+        weight: Any = self._parameters["weight"]
+        bias, state = self._parameters["bias"], self.state
         state.is_training = self.training
         if not isinstance(weight, Int8Params) and weight.dtype != torch.int8:
             # A weight tied to an unquantized layer, such as an embedding, works as it is.

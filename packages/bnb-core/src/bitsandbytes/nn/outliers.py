@@ -22,11 +22,11 @@ class OutlierAwareLinear(torch.nn.Linear):
         self.outlier_dim: torch.Tensor | None = None
         self.is_quantized = False
 
-    def forward_with_outliers(self, x: torch.Tensor, outlier_idx: torch.Tensor) -> torch.Tensor:
-        """Apply the layer; ``outlier_idx`` holds the outlier columns, int64."""
+    def forward_with_outliers(self, x: torch.Tensor, outlier_idx: torch.Tensor | None) -> torch.Tensor:
+        """Apply the layer; ``outlier_idx`` holds the outlier columns, int64; ``None`` if nothing watched it."""
         raise NotImplementedError("Please override the `forward_with_outliers(self, x, outlier_idx)` function")
 
-    def quantize_weight(self, w: torch.Tensor, outlier_idx: torch.Tensor) -> torch.Tensor:
+    def quantize_weight(self, w: torch.Tensor, outlier_idx: torch.Tensor | None) -> torch.Tensor:
         """The weight as it is to be used, in the shape of ``w``."""
         raise NotImplementedError("Please override the `quantize_weight(self, w, outlier_idx)` function")
 

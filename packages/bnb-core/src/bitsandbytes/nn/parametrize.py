@@ -147,7 +147,8 @@ def _parametrized_state_dict_post_hook(
     if original not in state_dict:
         return
     state_dict[f"{prefix}{param_name}"] = state_dict.pop(original)
-    state = module.parametrizations[param_name][0].quant_state
+    parametrizations: Any = module.parametrizations
+    state = parametrizations[param_name][0].quant_state
     for key, value in state.as_dict(packed=True).items():
         state_dict[f"{prefix}{param_name}.{key}"] = value
 
@@ -170,7 +171,8 @@ def _parametrized_load_state_dict_pre_hook(
     statistics = {key: state_dict.pop(key) for key in list(state_dict) if key.startswith(f"{name}.")}
     if packed is None:
         return
-    original = module.parametrizations[param_name].original
+    parametrizations: Any = module.parametrizations
+    original = parametrizations[param_name].original
     state_dict[f"{prefix}parametrizations.{param_name}.original"] = packed
     if statistics:
-        module.parametrizations[param_name][0].quant_state = QuantState.from_dict(statistics, original.device)
+        parametrizations[param_name][0].quant_state = QuantState.from_dict(statistics, original.device)

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from bitsandbytes.functional import DEFAULT_BLOCKSIZE_4BIT, quantize_4bit
 from bitsandbytes.state import QuantState
-
-if TYPE_CHECKING:
-    from bitsandbytes.nn.linear4bit import Linear4bit
 
 #: Names of the attributes, in the order in which they lie in ``__dict__``. Downstream libraries
 #: replay that dictionary into the constructor.
@@ -25,8 +22,8 @@ ATTRIBUTES = (
     "module",
 )
 
-_SPLITTERS = frozenset(
-    {torch.chunk, torch.split, torch.Tensor.chunk, torch.Tensor.split, torch.unsafe_chunk, torch.unsafe_split}
+_SPLITTERS: frozenset[Any] = frozenset(
+    (torch.chunk, torch.split, torch.Tensor.chunk, torch.Tensor.split, torch.unsafe_chunk, torch.unsafe_split)
 )
 
 
@@ -51,7 +48,15 @@ class Params4bit(torch.nn.Parameter):
             they are ignored.
     """
 
-    def __new__(
+    blocksize: int
+    compress_statistics: bool
+    quant_type: str
+    quant_state: QuantState | None
+    quant_storage: torch.dtype
+    bnb_quantized: bool
+    module: Any
+
+    def __new__(  # noqa: D102  # the class says it
         cls,
         data: torch.Tensor | None = None,
         requires_grad: bool = False,
@@ -60,7 +65,7 @@ class Params4bit(torch.nn.Parameter):
         compress_statistics: bool = True,
         quant_type: str = "fp4",
         quant_storage: torch.dtype = torch.uint8,
-        module: Linear4bit | None = None,
+        module: torch.nn.Module | None = None,
         bnb_quantized: bool = False,
         **kwargs: Any,
     ) -> Params4bit:
@@ -82,7 +87,7 @@ class Params4bit(torch.nn.Parameter):
         quantized_stats: dict[str, Any],
         requires_grad: bool = False,
         device: Any = "cuda",
-        module: Linear4bit | None = None,
+        module: torch.nn.Module | None = None,
         **kwargs: Any,
     ) -> Params4bit:
         """Build a parameter from packed codes and the entries of a state dict.
@@ -107,7 +112,7 @@ class Params4bit(torch.nn.Parameter):
             quant_state=state,
             blocksize=state.blocksize,
             compress_statistics=state.nested,
-            quant_type=state.quant_type,
+            quant_type=str(state.quant_type),
             quant_storage=data.dtype,
             module=module,
             bnb_quantized=True,
@@ -158,15 +163,19 @@ class Params4bit(torch.nn.Parameter):
             self.quant_state.to(device)
         return self._with_data(super().to(device=device, non_blocking=non_blocking))
 
-    def cpu(self) -> Params4bit:
+    def cpu(self) -> Params4bit:  # type: ignore[override]  # codes have no memory format
         """Move to the CPU."""
         return self.to(device="cpu")
 
-    def cuda(self, device: int | torch.device | str | None = None, non_blocking: bool = False) -> Params4bit:
+    def cuda(  # type: ignore[override]  # codes have no memory format
+        self, device: int | torch.device | str | None = None, non_blocking: bool = False
+    ) -> Params4bit:
         """Move to a CUDA device, the current one where not given."""
         return self.to(device="cuda" if device is None else device, non_blocking=non_blocking)
 
-    def xpu(self, device: int | torch.device | str | None = None, non_blocking: bool = False) -> Params4bit:
+    def xpu(  # type: ignore[override]  # codes have no memory format
+        self, device: int | torch.device | str | None = None, non_blocking: bool = False
+    ) -> Params4bit:
         """Move to an XPU device, the current one where not given."""
         return self.to(device="xpu" if device is None else device, non_blocking=non_blocking)
 
@@ -192,7 +201,7 @@ class Params4bit(torch.nn.Parameter):
 
     def _with_data(self, data: torch.Tensor) -> Params4bit:
         """A parameter like this one around other data, sharing the state."""
-        attributes = {name: self.__dict__.get(name) for name in ATTRIBUTES}
+        attributes: dict[str, Any] = {name: self.__dict__.get(name) for name in ATTRIBUTES}
         new = type(self)(data.detach(), requires_grad=self.requires_grad, **attributes)
         new.__dict__.update({name: value for name, value in self.__dict__.items() if name not in ATTRIBUTES})
         return new
@@ -242,7 +251,7 @@ def _state_attribute(name: str, read: Any) -> property:
 
     def get(self: Params4bit) -> Any:
         state = self.__dict__.get("quant_state")
-        if state is None or (name.startswith("nested_") or name in ("offset", "state2")) and state.state2 is None:
+        if state is None or ((name.startswith("nested_") or name in ("offset", "state2")) and state.state2 is None):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         return read(state)
 

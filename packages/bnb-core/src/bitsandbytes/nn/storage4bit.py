@@ -37,7 +37,7 @@ class Storage4bit(torch.nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         super()._apply(fn, recurse)
-        weight = self._parameters.get("weight")
+        weight: Any = self._parameters.get("weight")
         state = getattr(weight, "quant_state", None)
         # torch moves the data under a parameter that stays; its state has to follow.
         if state is not None and weight.device.type != "meta" and state.absmax.device != weight.device:
@@ -99,10 +99,9 @@ class Storage4bit(torch.nn.Module):
         device = packed.device if assign or self.weight.device.type == "meta" else self.weight.device
         parameter = Params4bit.from_prequantized(packed, statistics, device=device, module=self)
         shape = self._weight_shape()
-        if parameter.quant_state.shape is not None and tuple(parameter.quant_state.shape) != shape:
-            raise CheckpointError(
-                f"it has shape {tuple(parameter.quant_state.shape)}, the weight of this layer has shape {shape}"
-            )
+        given = None if parameter.quant_state is None else parameter.quant_state.shape
+        if given is not None and tuple(given) != shape:
+            raise CheckpointError(f"it has shape {tuple(given)}, the weight of this layer has shape {shape}")
         if not assign and parameter.data_ptr() == packed.data_ptr():
             parameter.data = packed.detach().clone()
         return parameter

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 
-from bitsandbytes.autograd.lt_state import MatmulLtState
 from bitsandbytes.errors import CheckpointError
 from bitsandbytes.nn.int8_params import Int8Params
 from bitsandbytes.utils import INVERSE_LINEAR_8BIT_WEIGHTS_FORMAT_MAPPING, LINEAR_8BIT_WEIGHTS_FORMAT_MAPPING
@@ -50,7 +49,7 @@ class Storage8bit(torch.nn.Module):
     weight: Any
 
     #: State of the product, in modules that have one; its CB and SCB follow the weight.
-    state: MatmulLtState | None
+    state: Any
 
     def _prepare_storage(self) -> None:
         self._register_load_state_dict_pre_hook(maybe_rearrange_weight)
@@ -97,7 +96,7 @@ class Storage8bit(torch.nn.Module):
         name, scales_name = f"{prefix}weight", f"{prefix}SCB"
         incoming, SCB = state_dict.get(name), state_dict.get(scales_name)
         own = self.weight
-        settings = {"has_fp16_weights": getattr(own, "has_fp16_weights", False)}
+        settings: dict[str, Any] = {"has_fp16_weights": getattr(own, "has_fp16_weights", False)}
         if isinstance(incoming, torch.Tensor) and incoming.dtype == torch.int8:
             problem = _problem(incoming, SCB, own, name, scales_name)
             if problem:

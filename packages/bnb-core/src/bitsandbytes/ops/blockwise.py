@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import torch
 
-from bitsandbytes.ops import search
 from bitsandbytes.contract import TensorSpec, check_dtype, check_same_device, check_that, define_op
+from bitsandbytes.ops import search
 from bitsandbytes.ops.common import (
     block_count,
     check_blocksize,

@@ -17,10 +17,10 @@ from collections.abc import Sequence
 
 import torch
 
-from bitsandbytes.ops import search
 from bitsandbytes.codebooks import QUANT_TYPES_4BIT, code_4bit
 from bitsandbytes.contract import TensorSpec, check_dtype, check_same_device, check_that, define_op
 from bitsandbytes.errors import ArgumentTypeError
+from bitsandbytes.ops import search
 from bitsandbytes.ops.blockwise import check_code, dequantize_blockwise
 from bitsandbytes.ops.common import (
     NESTED_BLOCKSIZE,

@@ -108,7 +108,9 @@ def optimizer_update_32bit(
     """
     rule = RULES[optimizer_name]
     h = Hyper(lr, step, beta1, beta2, beta3, alpha, eps, weight_decay, gnorm_scale, max_unorm, skip_zeros)
-    states = (state1,) if rule.states == 1 else (state1, state2)
+    states = [state1]
+    if rule.states == 2 and state2 is not None:
+        states.append(state2)
     shaped = tuple(optim_multi.shaped_state(state, p, rule, slot) for slot, state in enumerate(states))
     new_p, new_states, unorm = update(rule, g.reshape(p.shape).float(), p.float(), shaped, h, param_norm)
     p.copy_(new_p)
@@ -212,11 +214,14 @@ def optimizer_update_8bit_blockwise(
         beta1, beta2, beta3, alpha, eps, step, lr: as for ``optimizer_update_32bit``.
         qmap1, qmap2: codebooks of 256 ascending float32 values.
         absmax1, absmax2: float32, one per block of 256; shape ``(2, blocks)`` for ademamix's first.
-        weight_decay, gnorm_scale, skip_zeros: as for ``optimizer_update_32bit``.
+        weight_decay, gnorm_scale, skip_zeros: as for ``optimizer_update_32bit``. With ``skip_zeros`` a
+            block of a state all of whose gradients are 0 keeps its codes and its absmax.
     """
     rule = RULES[optimizer_name]
     h = Hyper(lr, step, beta1, beta2, beta3, alpha, eps, weight_decay, gnorm_scale, 0.0, skip_zeros)
-    stored = ((state1, qmap1, absmax1), (state2, qmap2, absmax2))[: rule.states]
+    stored = [(state1, qmap1, absmax1)]
+    if rule.states == 2 and state2 is not None and qmap2 is not None and absmax2 is not None:
+        stored.append((state2, qmap2, absmax2))
     states = tuple(
         optim_multi.shaped_state(load_state(codes, qmap, absmax), p, rule, slot)
         for slot, (codes, qmap, absmax) in enumerate(stored)
@@ -224,4 +229,4 @@ def optimizer_update_8bit_blockwise(
     new_p, new_states, _unorm = update(rule, g.reshape(p.shape).float(), p.float(), states, h)
     p.copy_(new_p)
     for (codes, qmap, absmax), values in zip(stored, new_states, strict=True):
-        store_state(values, codes, qmap, absmax)
+        store_state(values, codes, qmap, absmax, g != 0 if skip_zeros else None)

@@ -13,17 +13,16 @@ import torch
 
 from bitsandbytes.contract import check_same_device, check_that, define_op
 from bitsandbytes.ops.optim_checks import (
-    check_absmax,
+    check_absmaxes,
     check_counts,
     check_hyper,
-    check_list,
     check_parameters,
     check_qmap,
     check_rule,
     check_states,
 )
 from bitsandbytes.ops.optim_rules import RULES, Hyper, Rule, update
-from bitsandbytes.ops.optim_storage import load_state, round_stochastically, state_blocks, store_state
+from bitsandbytes.ops.optim_storage import load_state, round_stochastically, store_state
 
 Tensors = Sequence[torch.Tensor]
 
@@ -150,13 +149,13 @@ def check_optimizer_step_8bit(
     check_parameters(op, g, p)
     check_states(op, "state1", state1, p, torch.uint8, rule.slots)
     check_qmap(op, "qmap1", qmap1)
-    _check_absmaxes(op, "absmax1", absmax1, p, rule.slots)
+    check_absmaxes(op, "absmax1", absmax1, p, rule.slots)
     if rule.states == 2:
         check_states(op, "state2", state2, p, torch.uint8, 1)
         check_that(op, qmap2 is not None, lambda: f"qmap2 is None, but {optimizer_name} has two states")
         if qmap2 is not None:
             check_qmap(op, "qmap2", qmap2)
-        _check_absmaxes(op, "absmax2", absmax2, p, 1)
+        check_absmaxes(op, "absmax2", absmax2, p, 1)
     if p:
         check_same_device(op, **{"p[0]": p[0], "qmap1": qmap1, "qmap2": qmap2})
     check_hyper(op, beta1=beta1, beta2=beta2, beta3=beta3, eps=eps, max_unorm=max_unorm)
@@ -204,7 +203,8 @@ def optimizer_step_8bit(
         absmax1, absmax2: float32, one per block of 256 elements of the parameter; shape
             ``(2, blocks)`` for ademamix's first state. The second list is empty for one state.
         step, lr, beta1, beta2, beta3, alpha, eps, weight_decay, gnorm_scale, max_unorm, skip_zeros,
-            rounding_seed, schedule: as for ``optimizer_step_32bit``.
+            rounding_seed, schedule: as for ``optimizer_step_32bit``. With ``skip_zeros`` a block of a
+            state all of whose gradients are 0 keeps its codes and its absmax.
     """
     rule = RULES[optimizer_name]
     h = Hyper(lr, 0, beta1, beta2, beta3, alpha, eps, weight_decay, gnorm_scale, max_unorm, skip_zeros)
@@ -219,14 +219,16 @@ def optimizer_step_8bit(
         )
         new_states = _step(rule, g[index], parameter, states, now, rounding_seed[index] if rounding_seed else None)
         for (codes, qmap, absmax), values in zip(stored, new_states, strict=True):
-            store_state(values, codes, qmap, absmax)
+            store_state(values, codes, qmap, absmax, g[index] != 0 if skip_zeros else None)
 
 
 def _step(
     rule: Rule, g: torch.Tensor, p: torch.Tensor, states: tuple[torch.Tensor, ...], h: Hyper, seed: int | None
 ) -> tuple[torch.Tensor, ...]:
-    """Update one parameter in place and return its new states in float32."""
-    new_p, new_states, _unorm = update(rule, g.view(p.shape).float(), p.float(), states, h)
+    """Update one parameter in place and return its new states."""
+    # Float64 does not pass the check of the op, but optimizers call the reference with it.
+    wide = torch.promote_types(p.dtype, torch.float32)
+    new_p, new_states, _unorm = update(rule, g.view(p.shape).to(wide), p.to(wide), states, h)
     p.copy_(new_p if seed is None else round_stochastically(new_p, seed, h.step))
     return new_states
 
@@ -237,12 +239,3 @@ def _at(h: Hyper, index: int, step: Sequence[int], schedule: torch.Tensor | None
         return h._replace(step=step[index])
     lr, number, beta3, alpha = schedule[index].unbind()
     return h._replace(lr=lr, step=number, beta3=beta3, alpha=alpha)
-
-
-def _check_absmaxes(op: str, name: str, absmax: Tensors, p: Tensors, slots: int) -> None:
-    check_list(op, name, absmax, p)
-    for index, (stats, parameter) in enumerate(zip(absmax, p, strict=True)):
-        blocks = state_blocks(parameter.numel())
-        shape = (blocks,) if slots == 1 else (slots, blocks)
-        if stats.shape != shape or stats.dtype != torch.float32 or not stats.is_contiguous():
-            check_absmax(op, f"{name}[{index}]", stats, slots, parameter.numel())

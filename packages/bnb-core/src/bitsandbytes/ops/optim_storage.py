@@ -24,19 +24,42 @@ def load_state(
     return torch.stack(rows).reshape(codes.shape).to(dtype)
 
 
-def store_state(values: torch.Tensor, codes: torch.Tensor, qmap: torch.Tensor, absmax: torch.Tensor) -> None:
+def store_state(
+    values: torch.Tensor,
+    codes: torch.Tensor,
+    qmap: torch.Tensor,
+    absmax: torch.Tensor,
+    active: torch.Tensor | None = None,
+) -> None:
     """Quantize values into ``codes`` and ``absmax``, in place.
 
     A value that is not finite is stored as zero: it would spoil the statistics of its whole block
     for all later steps.
+
+    Args:
+        values: the new state.
+        codes, qmap, absmax: where and how it is stored.
+        active: elements that the step concerns; all where not given. A block without any stays as it
+            is, since quantizing again, although nothing has changed, would wear it down.
     """
     slots, count = _slots(codes, absmax)
     rows = values.reshape(slots, count)
     rows = torch.where(rows.isfinite(), rows, 0.0)
+    blocks = None if active is None else _active_blocks(active.reshape(count))
     for row, row_codes, row_absmax in zip(rows, codes.view(slots, count), absmax.view(slots, -1), strict=True):
         scaled, stats = search.scale_blocks_8bit(row, STATE_BLOCKSIZE)
-        row_codes.copy_(search.nearest_code_8bit(scaled, qmap))
+        new = search.nearest_code_8bit(scaled, qmap)
+        if blocks is not None:
+            stats = torch.where(blocks, stats, row_absmax)
+            new = torch.where(blocks.repeat_interleave(STATE_BLOCKSIZE)[:count], new, row_codes)
+        row_codes.copy_(new)
         row_absmax.copy_(stats)
+
+
+def _active_blocks(active: torch.Tensor) -> torch.Tensor:
+    blocks = state_blocks(active.numel())
+    padded = torch.nn.functional.pad(active, (0, blocks * STATE_BLOCKSIZE - active.numel()))
+    return padded.reshape(blocks, STATE_BLOCKSIZE).any(dim=1)
 
 
 def state_blocks(count: int) -> int:
@@ -49,7 +72,7 @@ def _slots(codes: torch.Tensor, absmax: torch.Tensor) -> tuple[int, int]:
     return slots, codes.numel() // slots
 
 
-def round_stochastically(values: torch.Tensor, seed: int, step: int | torch.Tensor) -> torch.Tensor:
+def round_stochastically(values: torch.Tensor, seed: int, step: float | torch.Tensor) -> torch.Tensor:
     """Round float32 to bfloat16, up with the probability that keeps the expectation.
 
     Sixteen random bits are added below the last bit that bfloat16 keeps, and the rest is cut off.

@@ -79,15 +79,17 @@ def nearest_code_8bit(scaled: torch.Tensor, code: torch.Tensor) -> torch.Tensor:
     The value is first rounded to the grid of 65536 points, and the code nearest to the grid point
     is taken, the lower one on a tie.
     """
-    grid_codes = _codes_of_grid(code)
-    position = ((scaled + 1.0) * _GRID_SCALE + 0.5).floor()
-    return torch.where(scaled.isnan(), 0, grid_codes[position.nan_to_num(nan=0.0).int()])
+    position = ((scaled + 1.0) * _GRID_SCALE + 0.5).floor().nan_to_num(nan=0.0).int()
+    grid = _grid(code.device)
+    # For few values it is cheaper to search for each than for every point of the grid.
+    codes = _codes_of(grid[position], code) if scaled.numel() < GRID_POINTS else _codes_of(grid, code)[position]
+    return torch.where(scaled.isnan(), 0, codes)
 
 
-def _codes_of_grid(code: torch.Tensor) -> torch.Tensor:
+def _codes_of(points: torch.Tensor, code: torch.Tensor) -> torch.Tensor:
     table = code.reshape(-1)
     midpoints = (table[:-1] + table[1:]) * 0.5
-    return torch.bucketize(_grid(code.device), midpoints, right=False).to(torch.uint8)
+    return torch.bucketize(points, midpoints, right=False).to(torch.uint8)
 
 
 @functools.cache

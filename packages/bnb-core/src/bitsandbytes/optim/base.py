@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
 from itertools import chain
 from typing import Any, ClassVar
@@ -17,8 +17,9 @@ from bitsandbytes.errors import ArgumentError, CheckpointError
 from bitsandbytes.ops.optim_rules import RULES
 from bitsandbytes.ops.optim_storage import state_blocks
 from bitsandbytes.optim import statedict
-from bitsandbytes.optim.engine import Batch, State, local
+from bitsandbytes.optim.engine import Batch
 from bitsandbytes.optim.overrides import GlobalOptimManager
+from bitsandbytes.optim.sharded import collect, is_sharded, local, spread
 
 #: Smaller states than this many elements are never paged: a page of managed memory would be mostly empty.
 MIN_PAGED_SIZE = 100_000
@@ -109,7 +110,8 @@ class Optimizer8bit(torch.optim.Optimizer):
         rule = RULES[self.optimizer_name]
         bits = check_bits(type(self).__name__, config["optim_bits"])
         shard = local(p)
-        eight = bits == 8 and shard.numel() >= config["min_8bit_size"]
+        # The whole size of a sharded parameter counts, so that all processes have states of one kind.
+        eight = bits == 8 and p.numel() >= config["min_8bit_size"]
         state = self.state[p]
         state["step"] = 0
         for position in range(1, rule.states + 1):
@@ -227,7 +229,7 @@ class Optimizer8bit(torch.optim.Optimizer):
             self.mng.version,
             id(self.state),
             self.optimizer_name,
-            *((id(group), len(group["params"]), group.get("t_alpha"), group.get("t_beta3")) for group in self.param_groups),
+            *((id(g), len(g["params"]), g.get("t_alpha"), g.get("t_beta3")) for g in self.param_groups),
         )
 
     def _make_plan(self) -> None:
@@ -245,7 +247,9 @@ class Optimizer8bit(torch.optim.Optimizer):
                 state = self.state[p]
                 kind = (state["state1"].dtype, *(id(state.get(key)) for key in ("qmap1", "qmap2")))
                 own = self._overrides.get(id(p))
-                key = (gindex, p.device, p.dtype, kind, repr(sorted(own.items())) if own else None)
+                key: tuple[Any, ...] = (gindex, p.device, p.dtype, kind, repr(sorted(own.items())) if own else None)
+                if is_sharded(p):
+                    key = (*key, p.device_mesh, tuple(p.placements))
                 if any(self._setting(group, own, name) is not None for name in ("t_alpha", "t_beta3")):
                     key = (*key, int(state["step"]))
                 if key not in batches:
@@ -254,6 +258,7 @@ class Optimizer8bit(torch.optim.Optimizer):
                 batch.params.append(p)
                 batch.states.append(state)
                 batch.positions.append(self._position(gindex, pindex))
+                batch.paged = batch.paged or getattr(state["state1"], "is_paged", False)
         self._plan = list(batches.values())
         self._planned = self._fingerprint()
 
@@ -264,9 +269,7 @@ class Optimizer8bit(torch.optim.Optimizer):
     def _batch_of(self, group: dict[str, Any], p: torch.Tensor, gindex: int, pindex: int) -> Batch:
         own = self.mng.of([p]).get(id(p), {})
         fixed = {key: value for key, value in vars(self.args).items() if key not in group}
-        return Batch(
-            self.optimizer_name, group, {**fixed, **own}, p.device, p.dtype, sharded=hasattr(p, "to_local")
-        )
+        return Batch(self.optimizer_name, group, {**fixed, **own}, p.device, p.dtype, sharded=is_sharded(p))
 
     def _position(self, gindex: int, pindex: int) -> int:
         return sum(len(group["params"]) for group in self.param_groups[:gindex]) + pindex
@@ -279,9 +282,13 @@ class Optimizer8bit(torch.optim.Optimizer):
         That dict keeps sharded training from gathering them as if they had the parameter's shape.
         """
         saved = super().state_dict()
-        saved["state"] = {
-            key: statedict.nest(state) if isinstance(state, Mapping) else state for key, state in saved["state"].items()
-        }
+        params = list(chain.from_iterable(group["params"] for group in self.param_groups))
+        nested = {}
+        for key, state in saved["state"].items():
+            if isinstance(key, int) and key < len(params) and is_sharded(params[key]) and "state1" in state:
+                state = spread(state, params[key])
+            nested[key] = statedict.nest(state) if isinstance(state, Mapping) else state
+        saved["state"] = nested
         return saved
 
     @torch.no_grad()
@@ -309,15 +316,16 @@ class Optimizer8bit(torch.optim.Optimizer):
                 state[key] = deepcopy(saved)
                 continue
             p, where = parameters[key], f"state of parameter {key}"
-            shard = local(p)
+            shard, rule = local(p), RULES[self.optimizer_name]
             flat = statedict.flatten(saved) if isinstance(saved, Mapping) else {}
+            flat = collect(flat, p, rule.slots)
             device = shard.device if move_to_device else None
             for name, value in flat.items():
                 if name.startswith("qmap") and isinstance(value, torch.Tensor):
                     flat[name] = _shared_map(name, value, device or value.device)
                 else:
                     flat[name] = _copied(value, device)
-            state[p] = statedict.modernize(flat, RULES[self.optimizer_name], shard.numel(), where)
+            state[p] = statedict.modernize(flat, rule, shard.numel(), where)
         for group, own in zip(groups, self.param_groups, strict=True):
             group["params"] = own["params"]
         self.__setstate__({"state": state, "param_groups": groups})
@@ -327,13 +335,12 @@ class Optimizer8bit(torch.optim.Optimizer):
     def _match(self, groups: list[dict[str, Any]]) -> dict[Any, torch.Tensor]:
         """Parameters by the key that saved groups give them."""
         if len(groups) != len(self.param_groups):
-            raise CheckpointError(f"the state dict has {len(groups)} parameter groups, expected {len(self.param_groups)}")
-        parameters = {}
+            raise CheckpointError(f"the state dict has {len(groups)} groups, expected {len(self.param_groups)}")
+        parameters: dict[Any, torch.Tensor] = {}
         for index, (group, own) in enumerate(zip(groups, self.param_groups, strict=True)):
-            if len(group["params"]) != len(own["params"]):
-                raise CheckpointError(
-                    f"group {index} of the state dict has {len(group['params'])} parameters, expected {len(own['params'])}"
-                )
+            saved, expected = len(group["params"]), len(own["params"])
+            if saved != expected:
+                raise CheckpointError(f"group {index} of the state dict has {saved} parameters, expected {expected}")
             parameters.update(zip(group["params"], own["params"], strict=True))
         return parameters
 
@@ -389,7 +396,6 @@ def _light(group: Mapping[str, Any]) -> dict[str, Any]:
 def _copied(value: Any, device: torch.device | None) -> Any:
     if not isinstance(value, torch.Tensor):
         return deepcopy(value)
-    value = local(value)
     return value.to(device=value.device if device is None else device, copy=True)
 
 
@@ -398,7 +404,8 @@ def _shared_map(key: str, qmap: torch.Tensor, device: torch.device) -> torch.Ten
 
     States whose codebook is one object can be updated by one op call.
     """
+    values = qmap.detach().cpu().reshape(-1)
     for signed in (key == "qmap1", key != "qmap1"):
-        if qmap.dtype == torch.float32 and torch.equal(qmap.cpu().reshape(-1), dynamic_map(signed, torch.device("cpu"))):
+        if qmap.dtype == torch.float32 and torch.equal(values, dynamic_map(signed, torch.device("cpu"))):
             return dynamic_map(signed, device)
     return qmap.to(device, copy=True)

@@ -2,27 +2,62 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from operator import attrgetter
+from typing import Any, NamedTuple
 
 import torch
 
 from bitsandbytes import paging
 from bitsandbytes.contract import OPS
 from bitsandbytes.ops.common import FLOAT_DTYPES
-from bitsandbytes.ops.optim_rules import RULES
+from bitsandbytes.ops.optim_rules import RULES, Hyper
 from bitsandbytes.optim.schedules import alpha_at, alpha_on_device, beta3_at, beta3_on_device
+from bitsandbytes.optim.sharded import clip_scales, local
 
 State = dict[str, Any]
+
+_DTYPE, _DEVICE, _LAYOUT = attrgetter("dtype"), attrgetter("device"), attrgetter("layout")
 
 #: Bytes of paged state that one op call works on while the next portion is on its way.
 PAGED_PORTION = 256 * 2**20
 
 
-def local(tensor: torch.Tensor) -> torch.Tensor:
-    """The part of a sharded tensor (DTensor) that is on this process; other tensors as they are."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+class Numbers(NamedTuple):
+    """Arguments of the op from ``step`` on, in its order."""
+
+    step: list[int]
+    lr: float
+    beta1: float
+    beta2: float
+    beta3: float
+    alpha: float
+    eps: float
+    weight_decay: float
+    gnorm_scale: float
+    max_unorm: float
+    skip_zeros: bool
+    rounding_seed: list[int]
+    schedule: torch.Tensor | None
+
+    def hyper(self, index: int) -> Hyper:
+        """What the rules need to know about one of the parameters."""
+        moving: Sequence[Any] = (self.lr, self.step[index] if self.step else 0, self.beta3, self.alpha)
+        lr, step, beta3, alpha = moving if self.schedule is None else self.schedule[index].unbind()
+        return Hyper(
+            lr,
+            step,
+            self.beta1,
+            self.beta2,
+            beta3,
+            alpha,
+            self.eps,
+            self.weight_decay,
+            self.gnorm_scale,
+            self.max_unorm,
+            self.skip_zeros,
+        )
 
 
 @dataclass(eq=False)
@@ -41,6 +76,8 @@ class Batch:
     positions: list[int] = field(default_factory=list)
     #: Whether the parameters are DTensors, of which this process has a part.
     sharded: bool = False
+    #: Whether some of the states are paged, so that they have to be fetched ahead of their use.
+    paged: bool = False
     #: Step numbers on the device, where the step must not be read by the host.
     counter: torch.Tensor | None = None
 
@@ -50,17 +87,20 @@ class Batch:
 
     def gradients(self) -> list[torch.Tensor] | None:
         """Gradients by parameter, ``None`` when one is missing or a parameter has changed its place."""
-        gradients = [parameter.grad for parameter in self.params]
-        dtype, device = self.dtype, self.device
-        for gradient, parameter in zip(gradients, self.params, strict=True):
-            if gradient is None or parameter.dtype is not dtype or parameter.device != device:
-                return None
+        gradients: list[Any] = [parameter.grad for parameter in self.params]
+        # Thousands of parameters are usual: sets are built in C, loops would not be.
+        if (
+            type(None) in set(map(type, gradients))
+            or set(map(_DTYPE, self.params)) != {self.dtype}
+            or set(map(_DEVICE, self.params)) != {self.device}
+        ):
+            return None
         return gradients
 
     def run(self, gradients: list[torch.Tensor]) -> None:
         """Make one step of all parameters."""
         self.count_step()
-        if any(getattr(state.get("state1"), "is_paged", False) for state in self.states):
+        if self.paged:
             self._run_in_portions(gradients)
         else:
             self._call(gradients, range(len(self.params)))
@@ -108,36 +148,76 @@ class Batch:
                     paging.prefetch(self.states[index][key])
 
     def _call(self, gradients: list[torch.Tensor], portion: range) -> None:
-        params, grads, copies = [], [], []
-        for index in portion:
-            parameter, gradient = self.params[index], gradients[index]
-            if self.sharded:
-                parameter, gradient = local(parameter.detach()), local(gradient)
-            if not parameter.is_contiguous():
-                copy = parameter.contiguous()
-                copies.append((parameter, copy))
-                parameter = copy
-            params.append(parameter)
-            grads.append(self._plain(gradient))
-        states = self.states if len(portion) == len(self.states) else [self.states[i] for i in portion]
+        whole = len(portion) == len(self.params)
+        params = self.params if whole else [self.params[index] for index in portion]
+        grads = gradients if whole else [gradients[index] for index in portion]
+        copies: list[tuple[torch.Tensor, torch.Tensor]] = []
+        if self.sharded or not self._are_plain(params, grads):
+            params, grads, copies = self._made_plain(params, grads)
+        states = self.states if whole else [self.states[i] for i in portion]
         eight, two = states[0]["state1"].dtype == torch.uint8, RULES[self.rule].states == 2
         op = OPS["optimizer_step_8bit" if eight else "optimizer_step_32bit"]
         # The ops take the usual dtypes; float64 parameters, a rarity, are served by the reference.
         call = op.overload if self.dtype in FLOAT_DTYPES else op.reference
-        call(self.rule, grads, params, *_stored(states, eight, two), *self._hyperparameters(states, portion))
+        numbers = self._numbers(states, portion)
+        if self.sharded and numbers.max_unorm > 0.0:
+            numbers = self._limited(numbers, portion, params, grads, states)
+        call(self.rule, grads, params, *_stored(states, eight, two), *numbers)
         for parameter, copy in copies:
             parameter.copy_(copy)
+
+    def _are_plain(self, params: list[torch.Tensor], grads: list[torch.Tensor]) -> bool:
+        """Whether the op can take these as they are."""
+        return (
+            set(map(_LAYOUT, grads)) == {torch.strided}
+            and set(map(_DTYPE, grads)) == {self.dtype}
+            and all(map(torch.Tensor.is_contiguous, grads))
+            and all(map(torch.Tensor.is_contiguous, params))
+        )
+
+    def _made_plain(
+        self, params: list[torch.Tensor], grads: list[torch.Tensor]
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor], list[tuple[torch.Tensor, torch.Tensor]]]:
+        """Local parts, contiguous and dense: parameters, gradients, and copies that must be written back."""
+        plain, copies = [], []
+        for parameter in params:
+            part = local(parameter.detach())
+            plain.append(part.contiguous())
+            if not part.is_contiguous():
+                copies.append((part, plain[-1]))
+        return plain, [self._plain(local(gradient)) for gradient in grads], copies
 
     def _plain(self, gradient: torch.Tensor) -> torch.Tensor:
         """The gradient dense, contiguous and in the parameter's dtype."""
         if gradient.layout is not torch.strided:
             gradient = gradient.to_dense()
-        if gradient.dtype is not self.dtype:
-            gradient = gradient.to(self.dtype)
-        return gradient if gradient.is_contiguous() else gradient.contiguous()
+        return gradient.to(self.dtype).contiguous()
 
-    def _hyperparameters(self, states: list[State], portion: range) -> tuple[Any, ...]:
-        """Arguments of the op from ``step`` on."""
+    def _limited(
+        self,
+        numbers: Numbers,
+        portion: range,
+        params: list[torch.Tensor],
+        grads: list[torch.Tensor],
+        states: list[State],
+    ) -> Numbers:
+        """Limit the norms of the updates of whole parameters, of which the op sees shards: by the learning rates.
+
+        A decoupled decay must not be scaled along, so it is taken here.
+        """
+        hypers = [numbers.hyper(index) for index in range(len(params))]
+        whole = [self.params[index] for index in portion]
+        scales = clip_scales(self.rule, whole, params, grads, states, hypers)
+        columns = [torch.as_tensor([h[field] for h in hypers]) for field in (0, 1, 4, 5)]
+        rates, *others = (column.to(self.device, torch.float64) for column in columns)
+        if not RULES[self.rule].coupled_decay and numbers.weight_decay > 0.0:
+            for parameter, h in zip(params, hypers, strict=True):
+                parameter.mul_(1.0 - h.lr * h.weight_decay)
+            numbers = numbers._replace(weight_decay=0.0)
+        schedule = torch.stack((rates * scales, *others), dim=1)
+        return numbers._replace(max_unorm=0.0, schedule=schedule)
+
+    def _numbers(self, states: list[State], portion: range) -> Numbers:
         betas = self.setting("betas", (0.0, 0.0))
         beta1, beta2 = betas[0], betas[1] if len(betas) > 1 else 0.0
         beta3, alpha = betas[2] if len(betas) > 2 else 0.0, self.setting("alpha", 0.0)
@@ -155,7 +235,7 @@ class Batch:
                 # One step number serves all: a plan never mixes numbers under a schedule.
                 alpha = alpha_at(steps[0], alpha, t_alpha)
                 beta3 = beta3_at(steps[0], beta1, beta3, t_beta3)
-        return (
+        return Numbers(
             steps,
             float(lr),
             float(beta1),

@@ -65,7 +65,7 @@ class GlobalOptimManager:
     @property
     def uses_config_override(self) -> bool:
         """Whether any setting exists."""
-        return bool(self._by_module) or len(self._by_parameter) > 0
+        return bool(self.module_weight_config_triple) or len(self._by_parameter) > 0
 
     @property
     def pid2config(self) -> dict[int, Config]:

@@ -10,6 +10,7 @@ import torch
 from bitsandbytes.errors import CheckpointError
 from bitsandbytes.ops.optim_rules import Rule
 from bitsandbytes.ops.optim_storage import STATE_BLOCKSIZE, state_blocks
+from bitsandbytes.optim import sharded
 
 #: Key under which the tensors of one parameter's state lie in a state dict. Sharded training gathers
 #: tensors that it finds beside ``step`` as if they had the parameter's shape; it leaves a dict alone.
@@ -30,6 +31,8 @@ TENSOR_KEYS = frozenset(
         "absmax1",
         "absmax2",
         "unorm_vec",
+        *sharded.ROW_KEYS,
+        sharded.OFFSET_KEY,
     }
 )
 
@@ -75,8 +78,10 @@ def modernize(state: State, rule: Rule, count: int, where: str) -> State:
     Raises:
         CheckpointError: the state does not fit the parameter or the optimizer.
     """
-    if "state1" not in state:
+    if not state:
         return state
+    if "state1" not in state:
+        raise CheckpointError(f"{where} has {', '.join(state)} but no state1: another kind of optimizer saved it")
     if not isinstance(state.get("step"), int):
         raise CheckpointError(f"{where}: step is {state.get('step')!r}, expected the number of steps made")
     for position in range(1, rule.states + 1):

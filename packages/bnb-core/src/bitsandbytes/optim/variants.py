@@ -42,10 +42,10 @@ class Storage:
         """Raise for an argument whose value asks for something that the optimizer does not do."""
         for name, asked in arguments.items():
             if asked:
-                raise UnsupportedArgument(f"{type(self).__name__} does not support {name}")
+                raise UnsupportedArgumentError(f"{type(self).__name__} does not support {name}")
 
 
-class UnsupportedArgument(ArgumentError, NotImplementedError):
+class UnsupportedArgumentError(ArgumentError, NotImplementedError):
     """An argument asks for something that the optimizer does not do."""
 
 

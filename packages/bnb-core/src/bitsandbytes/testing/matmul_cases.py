@@ -54,9 +54,13 @@ def fourbit_matmul_cases() -> Iterator[Case]:
             return A, packed, shape, absmax, 32, quant_type, bias, *statistics
 
         label = f"{quant_type}-{rows}x{out_features}x{in_features}-{name_of(dtype)}{'-nested' if nested else ''}"
-        yield Case("gemm_4bit", label, lambda g, make=make: make(g, False), MATMUL[dtype], truth_gemm_4bit)
+        yield Case("gemm_4bit", label, lambda g, make=make: make(g, False), MATMUL[dtype], truth_gemm_4bit)  # type: ignore[misc]
         yield Case(
-            "gemm_4bit_transposed", label, lambda g, make=make: make(g, True), MATMUL[dtype], truth_gemm_4bit_transposed
+            "gemm_4bit_transposed",
+            label,
+            lambda g, make=make: make(g, True),  # type: ignore[misc]
+            MATMUL[dtype],
+            truth_gemm_4bit_transposed,
         )
         if rows == 1 and not nested:
 
@@ -71,7 +75,7 @@ def fourbit_matmul_cases() -> Iterator[Case]:
             def make_embedding(
                 generator: torch.Generator, make: Callable[..., Arguments] = make, dtype: torch.dtype = dtype
             ) -> Arguments:
-                A, packed, shape, absmax, blocksize, quant_type, bias, *statistics = make(generator, False)
+                A, packed, shape, absmax, blocksize, quant_type, _bias, *statistics = make(generator, False)
                 indices = torch.randint(0, shape[0], (A.shape[0], 3), generator=generator)
                 return indices, packed, shape, absmax, blocksize, quant_type, dtype, *statistics
 
@@ -86,7 +90,7 @@ def _weight(
     code: torch.Tensor,
     *statistics: torch.Tensor | None,
 ) -> torch.Tensor:
-    expanded = expand_absmax(absmax, *statistics) if statistics else absmax
+    expanded = expand_absmax(absmax, statistics[0], statistics[1], statistics[2]) if statistics else absmax
     return decode_4bit(packed, code, expanded, blocksize, shape).double()
 
 
@@ -141,7 +145,7 @@ def int8_matmul_cases() -> Iterator[Case]:
             if rows and threshold:
                 A[rows // 2, in_features // 2] = 20.0
             weight = values("normal", (out_features, in_features), torch.float32, generator)
-            CB, SCB, unused = OPS["int8_vectorwise_quant"].reference(weight)
+            CB, SCB, _columns = OPS["int8_vectorwise_quant"].reference(weight)
             bias = torch.randn(out_features, generator=generator).to(dtype) if rows % 2 else None
             return A, CB, SCB, threshold, bias
 
@@ -152,15 +156,15 @@ def int8_matmul_cases() -> Iterator[Case]:
         def make_product(
             generator: torch.Generator, make: Callable[..., Arguments] = make, dtype: torch.dtype = dtype
         ) -> Arguments:
-            A, CB, SCB, threshold, bias = make(generator, 0.0)
-            CA, SCA, unused = OPS["int8_vectorwise_quant"].reference(A)
+            A, CB, SCB, _threshold, bias = make(generator, 0.0)
+            CA, SCA, _columns = OPS["int8_vectorwise_quant"].reference(A)
             return OPS["int8_linear_matmul"].reference(CA, CB), SCA, SCB, dtype, bias
 
         def make_scaled(
             generator: torch.Generator, make: Callable[..., Arguments] = make, dtype: torch.dtype = dtype
         ) -> Arguments:
-            A, CB, SCB, threshold, bias = make(generator, 0.0)
-            CA, SCA, unused = OPS["int8_vectorwise_quant"].reference(A)
+            A, CB, SCB, _threshold, bias = make(generator, 0.0)
+            CA, SCA, _columns = OPS["int8_vectorwise_quant"].reference(A)
             return CA, CB, SCA, SCB, bias, dtype
 
         def make_mixed(generator: torch.Generator, make: Callable[..., Arguments] = make) -> Arguments:
@@ -178,7 +182,7 @@ def int8_matmul_cases() -> Iterator[Case]:
             yield Case(
                 "int8_linear",
                 f"{label}-threshold{threshold:g}",
-                lambda g, make=make, threshold=threshold: make(g, threshold),
+                lambda g, make=make, threshold=threshold: make(g, threshold),  # type: ignore[misc]
                 SCALED_INTEGER[dtype],
                 truth_int8_linear,
             )

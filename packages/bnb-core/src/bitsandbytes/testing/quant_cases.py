@@ -40,7 +40,7 @@ def quantize_4bit_cases() -> Iterator[Case]:
             yield Case(
                 "quantize_4bit",
                 f"{quant_type}-storage-{name_of(storage)}",
-                lambda generator, storage=storage, quant_type=quant_type: (
+                lambda generator, storage=storage, quant_type=quant_type: (  # type: ignore[misc]
                     values("normal", (32, 64), torch.float16, generator),
                     64,
                     quant_type,
@@ -117,7 +117,9 @@ def blockwise_cases() -> Iterator[Case]:
 
 def int8_quant_cases() -> Iterator[Case]:
     """Row-wise and double quantization with and without outliers."""
-    combos = [("normal", shape, dtype) for shape in ((64, 64), (5, 7), (2, 3, 130), (9,), (0, 16)) for dtype in FLOAT_DTYPES]
+    combos = [
+        ("normal", shape, dtype) for shape in ((64, 64), (5, 7), (2, 3, 130), (9,), (0, 16)) for dtype in FLOAT_DTYPES
+    ]
     combos += [(kind, (32, 96), dtype) for kind in EDGE_KINDS for dtype in FLOAT_DTYPES]
     for (kind, shape, dtype), threshold in itertools.product(combos, (0.0, 2.0, 100.0)):
         label = f"{kind}-{size_of(shape)}-{name_of(dtype)}-threshold{threshold:g}"
@@ -137,5 +139,7 @@ def int8_quant_cases() -> Iterator[Case]:
         yield Case(
             "int8_vectorwise_dequant",
             size_of(shape),
-            lambda g, shape=shape: OPS["int8_vectorwise_quant"].reference(values("normal", shape, torch.float32, g))[:2],
+            lambda g, shape=shape: OPS["int8_vectorwise_quant"].reference(values("normal", shape, torch.float32, g))[
+                :2
+            ],  # type: ignore[misc]
         )

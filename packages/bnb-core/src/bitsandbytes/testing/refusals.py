@@ -129,7 +129,11 @@ def all_refusals() -> list[Refusal]:
         ],
         "optimizer_step_8bit": [
             ("state", "state1[0]", ("lion", [flat], [flat], [flat], [], code, None, [stats8], [], [1], *multi)),
-            ("qmap", "qmap2", ("adam", [flat], [flat], [state8], [state8], code, None, [stats8], [stats8], [1], *multi)),
+            (
+                "qmap",
+                "qmap2",
+                ("adam", [flat], [flat], [state8], [state8], code, None, [stats8], [stats8], [1], *multi),
+            ),
             ("absmax", "absmax1[0]", ("lion", [flat], [flat], [state8], [], code, None, [rows], [], [1], *multi)),
         ],
         "int8_vectorwise_quant": [
@@ -156,7 +160,7 @@ def all_refusals() -> list[Refusal]:
         ],
     }
     return [
-        Refusal(op, label, names, lambda arguments=arguments: arguments)
+        Refusal(op, label, names, lambda arguments=arguments: arguments)  # type: ignore[misc]
         for op, entries in calls.items()
         for label, names, arguments in entries
     ]

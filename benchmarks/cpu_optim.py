@@ -1,0 +1,183 @@
+"""Optimizer steps on the CPU, next to torch and to another release of bitsandbytes.
+
+    python benchmarks/cpu_optim.py [--peer PYTHON] [--rounds N] [--json FILE]
+
+Each library runs in a process of its own, in turns, so that a change of the machine's mood hits all of
+them; the figure is the median of all steps of all turns. ``--peer`` names the interpreter of an environment
+with the other release. "Floor" is the time that the measured copy bandwidth needs for the bytes that a step
+has to read and to write.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+MILLION = 2**20
+
+
+class Case(NamedTuple):
+    """An optimizer and the tensors that it moves."""
+
+    name: str
+    dtype: torch.dtype
+    count: int
+    size: int
+    #: Bytes of the states per element, read and written once each.
+    state_bytes: float
+    settings: dict[str, Any]
+
+    @property
+    def id(self) -> str:
+        return f"{self.name} {self.count} x {self.size} {str(self.dtype).removeprefix('torch.')}"
+
+    @property
+    def traffic(self) -> float:
+        """Bytes that a step moves: gradient read, parameter and states read and written."""
+        return self.count * self.size * (3 * self.dtype.itemsize + 2 * self.state_bytes)
+
+
+def _case(name: str, state_bytes: float, dtype: torch.dtype = torch.float32, **settings: Any) -> Case:
+    return Case(name, dtype, 16, MILLION, state_bytes, settings)
+
+
+BYTE = 1 + 4 / 256
+CASES = (
+    _case("AdamW8bit", 2 * BYTE),
+    _case("AdamW8bit", 2 * BYTE, torch.bfloat16),
+    _case("AdamW32bit", 8),
+    _case("AdamW32bit", 8, torch.bfloat16),
+    _case("Lion8bit", BYTE),
+    _case("AdEMAMix8bit", 3 * BYTE),
+    _case("LAMB8bit", 2 * BYTE),
+    _case("RMSprop8bit", BYTE),
+    Case("AdamW8bit", torch.float32, 2000, 8192, 2 * BYTE, {"min_8bit_size": 1}),
+    Case("AdamW8bit", torch.float32, 2000, 256, 2 * BYTE, {"min_8bit_size": 1}),
+)
+#: torch's own AdamW with float32 states, two ways.
+TORCH_CASES = tuple(
+    Case(f"torch.AdamW {way}", dtype, count, size, 8 if dtype == torch.float32 else 4, {way: True})
+    for way in ("fused", "foreach")
+    for dtype, count, size in (
+        (torch.float32, 16, MILLION),
+        (torch.bfloat16, 16, MILLION),
+        (torch.float32, 2000, 8192),
+        (torch.float32, 2000, 256),
+    )
+)
+
+
+def tensors_of(case: Case) -> list[torch.Tensor]:
+    """Parameters with gradients."""
+    generator = torch.Generator().manual_seed(0)
+    params = []
+    for _index in range(case.count):
+        parameter = torch.nn.Parameter(torch.randn(case.size, generator=generator).to(case.dtype))
+        parameter.grad = (torch.randn(case.size, generator=generator) * 0.01).to(case.dtype)
+        params.append(parameter)
+    return params
+
+
+def timed(step: Callable[[], Any], seconds: float) -> list[float]:
+    """Milliseconds of each call, after two that do not count."""
+    step()
+    step()
+    times: list[float] = []
+    stop = time.perf_counter() + seconds
+    while len(times) < 5 or (time.perf_counter() < stop and len(times) < 200):
+        start = time.perf_counter()
+        step()
+        times.append(1e3 * (time.perf_counter() - start))
+    return times
+
+
+def measurements(library: str, seconds: float) -> Iterator[tuple[str, list[float]]]:
+    """Times by name of the case."""
+    if library == "torch":
+        source, target = torch.zeros(16 * MILLION), torch.zeros(16 * MILLION)
+        yield "copy", timed(lambda: target.copy_(source), seconds)
+        for case in TORCH_CASES:
+            yield case.id, timed(torch.optim.AdamW(tensors_of(case), lr=1e-4, **case.settings).step, seconds)
+        return
+    import bitsandbytes
+
+    for case in CASES:
+        try:
+            optimizer = getattr(bitsandbytes.optim, case.name)(tensors_of(case), lr=1e-4, **case.settings)
+            yield case.id, timed(optimizer.step, seconds)
+        except (NotImplementedError, ValueError) as error:
+            print(f"{case.id}: {error}", file=sys.stderr)
+
+
+def work(library: str, seconds: float) -> None:
+    """Write the times of a library to standard output."""
+    print(json.dumps(dict(measurements(library, seconds))))
+
+
+def collect(peer: str | None, rounds: int, seconds: float) -> dict[str, dict[str, list[float]]]:
+    """Times by library and case."""
+    interpreters = {"torch": sys.executable, "bitsandbytes": sys.executable, "peer": peer}
+    found: dict[str, dict[str, list[float]]] = {}
+    for _round in range(rounds):
+        for library, interpreter in interpreters.items():
+            if interpreter is None:
+                continue
+            command = [interpreter, str(Path(__file__).resolve()), "--work", library, "--seconds", str(seconds)]
+            output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+            for case, times in json.loads(output.splitlines()[-1]).items():
+                found.setdefault(library, {}).setdefault(case, []).extend(times)
+    return found
+
+
+def report(found: dict[str, dict[str, list[float]]]) -> str:
+    """A Markdown table."""
+    median = {library: {case: statistics.median(times) for case, times in cases.items()} for library, cases in found.items()}
+    copy = median["torch"].pop("copy")
+    bandwidth = 2 * 4 * 16 * MILLION / copy
+    lines = [
+        f"Copy of 64 MiB: {copy:.2f} ms, {bandwidth / 1e6:.1f} GB/s. torch {torch.__version__}, "
+        f"{torch.get_num_threads()} threads.",
+        "",
+        "| case | floor ms | ms | x floor | peer ms | peer / ours |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for case in (*CASES, *TORCH_CASES):
+        ours = median["torch" if case in TORCH_CASES else "bitsandbytes"].get(case.id)
+        peer = median.get("peer", {}).get(case.id)
+        floor = case.traffic / bandwidth
+        if ours is not None:
+            cells = (f"{floor:.2f}", f"{ours:.2f}", f"{ours / floor:.2f}")
+            theirs = ("", "") if peer is None else (f"{peer:.1f}", f"{peer / ours:.1f}")
+            lines.append("| " + " | ".join((case.id, *cells, *theirs)) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Entry of the program."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peer", help="interpreter of an environment with another release of bitsandbytes")
+    parser.add_argument("--rounds", type=int, default=3, help="turns of each library (default: 3)")
+    parser.add_argument("--seconds", type=float, default=1.0, help="time for each case of a turn (default: 1)")
+    parser.add_argument("--json", type=Path, help="file for all times")
+    parser.add_argument("--work", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.work:
+        work(options.work, options.seconds)
+        return
+    found = collect(options.peer, options.rounds, options.seconds)
+    if options.json:
+        options.json.write_text(json.dumps(found))
+    print(report(found))
+
+
+if __name__ == "__main__":
+    main()

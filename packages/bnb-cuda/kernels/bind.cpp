@@ -1,0 +1,181 @@
+// The Python module: unpacks arguments, no logic. Pointers are integers (Tensor.data_ptr()), 0 for none;
+// `where` is (device index, stream handle). The signatures are in src/bnb_cuda/_C.pyi.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/tuple.h>
+
+#include "kernels.h"
+
+namespace nb = nanobind;
+
+namespace {
+
+using namespace bnb_gpu;
+using Pointer = uintptr_t;
+
+template <class T>
+T* as(Pointer address) {
+  return reinterpret_cast<T*>(address);
+}
+
+Statistics statistics(Pointer absmax, Pointer absmax_8bit, Pointer code, int code_size, Pointer offset,
+                      int64_t nested_blocksize) {
+  return {as<const float>(absmax), as<const uint8_t>(absmax_8bit), as<const float>(code), as<const float>(offset),
+          code_size,               nested_blocksize};
+}
+
+}  // namespace
+
+NB_MODULE(_C, m) {
+  m.def("processors", [](int device) { return device_info(device).processors; });
+  m.def("capability", [](int device) { return device_info(device).capability; });
+
+  m.def("quantize_4bit", [](int device, Pointer stream, Pointer x, int dtype, int64_t count, int64_t blocksize,
+                            int quant_type, Pointer packed, Pointer absmax) {
+    quantize_4bit(Launch(device, stream), as<const void>(x), dtype, count, blocksize, quant_type, as<uint8_t>(packed),
+                  as<float>(absmax));
+  });
+  m.def("dequantize_4bit",
+        [](int device, Pointer stream, Pointer packed, Pointer absmax, Pointer absmax_8bit, Pointer code,
+           int code_size, Pointer offset, int64_t nested_blocksize, int64_t count, int64_t blocksize, int quant_type,
+           Pointer out, int dtype) {
+          dequantize_4bit(Launch(device, stream), as<const uint8_t>(packed),
+                          statistics(absmax, absmax_8bit, code, code_size, offset, nested_blocksize), count,
+                          blocksize, quant_type, as<void>(out), dtype);
+        });
+  m.def("embedding_4bit",
+        [](int device, Pointer stream, Pointer indices, bool indices_64bit, int64_t lookups, Pointer packed,
+           Pointer absmax, Pointer absmax_8bit, Pointer code, int code_size, Pointer offset, int64_t rows,
+           int64_t width, int64_t blocksize, int quant_type, Pointer out, int dtype) {
+          embedding_4bit(Launch(device, stream), as<const void>(indices), indices_64bit, lookups,
+                         as<const uint8_t>(packed),
+                         statistics(absmax, absmax_8bit, code, code_size, offset, 256), rows, width, blocksize,
+                         quant_type, as<void>(out), dtype);
+        });
+
+  m.def("quantize_blockwise", [](int device, Pointer stream, Pointer x, int dtype, int64_t count, int64_t blocksize,
+                                 Pointer code, int code_size, Pointer codes, Pointer absmax) {
+    quantize_blockwise(Launch(device, stream), as<const void>(x), dtype, count, blocksize, as<const float>(code),
+                       code_size, as<uint8_t>(codes), as<float>(absmax));
+  });
+  m.def("dequantize_blockwise", [](int device, Pointer stream, Pointer codes, Pointer absmax, Pointer code,
+                                   int code_size, int64_t count, int64_t blocksize, Pointer out, int dtype) {
+    dequantize_blockwise(Launch(device, stream), as<const uint8_t>(codes), as<const float>(absmax),
+                         as<const float>(code), code_size, count, blocksize, as<void>(out), dtype);
+  });
+
+  m.def("gemm_4bit_fits", &gemm_4bit_fits);
+  // `path`: 0 plain arithmetic with the table `table`, 1 few rows, 2 tiles.
+  m.def("gemm_4bit", [](int path, int split, int device, Pointer stream, Pointer a, int dtype, int64_t m, int64_t n,
+                        int64_t k, Pointer packed, Pointer absmax, Pointer absmax_8bit, Pointer code, int code_size,
+                        Pointer offset, int64_t blocksize, int quant_type, Pointer bias, int bias_dtype, Pointer out,
+                        Pointer table) {
+    const Launch launch(device, stream);
+    const Gemm4 p{as<const void>(a),
+                  dtype,
+                  m,
+                  n,
+                  k,
+                  as<const uint8_t>(packed),
+                  statistics(absmax, absmax_8bit, code, code_size, offset, 256),
+                  blocksize,
+                  quant_type,
+                  as<const void>(bias),
+                  bias_dtype,
+                  as<void>(out)};
+    if (path == 0) {
+      gemv_4bit(launch, p, as<const float>(table));
+    } else if (path == 1) {
+      gemm_4bit_few(launch, p);
+    } else {
+      gemm_4bit_tiles(launch, p, split);
+    }
+  });
+
+  m.def("int8_quantize_rows",
+        [](int device, Pointer stream, Pointer x, int dtype, int64_t rows, int64_t columns, float threshold,
+           Pointer codes, Pointer absmax, Pointer flags, Pointer listed, Pointer count) {
+          int8_quantize_rows(Launch(device, stream), as<const void>(x), dtype, rows, columns, threshold,
+                             as<int8_t>(codes), as<float>(absmax), {as<unsigned>(flags), as<int>(listed), as<int>(count)});
+        });
+  m.def("int8_double_quantize",
+        [](int device, Pointer stream, Pointer x, int dtype, int64_t rows, int64_t columns, float threshold,
+           Pointer row_codes, Pointer column_codes, Pointer row_absmax, Pointer column_absmax, Pointer flags,
+           Pointer listed, Pointer count) {
+          int8_double_quantize(Launch(device, stream), as<const void>(x), dtype, rows, columns, threshold,
+                               as<int8_t>(row_codes), as<int8_t>(column_codes), as<float>(row_absmax),
+                               as<float>(column_absmax), {as<unsigned>(flags), as<int>(listed), as<int>(count)});
+        });
+  m.def("int8_dequantize_rows", [](int device, Pointer stream, Pointer codes, Pointer absmax, int64_t rows,
+                                   int64_t columns, Pointer out, int dtype) {
+    int8_dequantize_rows(Launch(device, stream), as<const int8_t>(codes), as<const float>(absmax), rows, columns,
+                         as<void>(out), dtype);
+  });
+  m.def("int8_gemm_fits", &int8_gemm_fits);
+  // `path`: 0 finish the integer product `product`, 1 few rows, 2 tiles.
+  m.def("int8_gemm", [](int path, int device, Pointer stream, Pointer product, Pointer a, Pointer b, int64_t m,
+                        int64_t n, int64_t k, Pointer a_absmax, Pointer b_absmax, Pointer values, Pointer listed,
+                        Pointer count, Pointer bias, int bias_dtype, Pointer out, int dtype) {
+    const Launch launch(device, stream);
+    const Gemm8 p{as<const int8_t>(a),
+                  as<const int8_t>(b),
+                  m,
+                  n,
+                  k,
+                  as<const float>(a_absmax),
+                  as<const float>(b_absmax),
+                  as<const void>(values),
+                  {nullptr, as<int>(listed), as<int>(count)},
+                  as<const void>(bias),
+                  bias_dtype,
+                  as<void>(out),
+                  dtype};
+    if (path == 0) {
+      int8_finish(launch, as<const int32_t>(product), p);
+    } else if (path == 1) {
+      int8_gemm_few(launch, p);
+    } else {
+      int8_gemm_tiles(launch, p);
+    }
+  });
+
+  m.attr("OPTIMIZER_COLUMNS") = OptimizerStep::kColumns;
+  m.def("optimizer_units", [](Pointer elements, Pointer first, int64_t tensors) {
+    return optimizer_units(as<const int64_t>(elements), as<int64_t>(first), tensors);
+  });
+  m.def("optimizer_workspace", &optimizer_workspace);
+  m.def("optimizer_step", [](int device, Pointer stream, Pointer table, int64_t tensors, int64_t units, int rule,
+                             int dtype, double lr, double beta1, double beta2, double beta3, double alpha, double eps,
+                             double weight_decay, double gnorm_scale, double step, double max_unorm, bool skip_zeros,
+                             Pointer code1, Pointer code2, Pointer schedule, bool schedule_double, Pointer workspace) {
+    const OptimizerStep s{as<const int64_t>(table),
+                          tensors,
+                          units,
+                          rule,
+                          dtype,
+                          lr,
+                          beta1,
+                          beta2,
+                          beta3,
+                          alpha,
+                          eps,
+                          weight_decay,
+                          gnorm_scale,
+                          step,
+                          max_unorm,
+                          skip_zeros,
+                          as<const float>(code1),
+                          as<const float>(code2),
+                          as<const void>(schedule),
+                          schedule_double,
+                          as<void>(workspace)};
+    optimizer_step(Launch(device, stream), s);
+  });
+
+  m.def("has_managed_memory", &has_managed_memory);
+  m.def("allocate_managed", &allocate_managed);
+  m.def("free_managed", &free_managed);
+  m.def("prefetch_managed", [](int device, Pointer stream, Pointer address, int64_t bytes, bool to_host) {
+    prefetch_managed(Launch(device, stream), address, bytes, to_host);
+  });
+}

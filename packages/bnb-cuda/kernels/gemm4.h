@@ -1,0 +1,150 @@
+// What the fused 4-bit products share: decoding into operands of the matrix units, and these units.
+//
+// Weights are the left operand (16 rows x 16 columns), activations the right one (16 x 8 rows of a), so
+// that one instruction multiplies 256 weights whether there is one row of activations or eight. The
+// order of k inside a product is free as long as both operands agree: a lane takes neighbouring bytes of
+// a weight row as they lie in memory, each byte being one register of the operand, and neighbouring
+// activations. Codes go in as 16-bit numbers; the float32 absmax of a block is applied to the sum over
+// that block.
+#pragma once
+
+#include "codes4.h"
+#include "kernels.h"
+
+namespace bnb_gpu {
+
+#ifdef BNB_HIP
+#define BNB_DEVICE_ARCH 0
+#else
+#ifdef __CUDA_ARCH__
+#define BNB_DEVICE_ARCH __CUDA_ARCH__
+#else
+#define BNB_DEVICE_ARCH 0
+#endif
+#endif
+
+// Pairs of decoded values by byte, one copy per lane: no two lanes of a group share a bank.
+constexpr int kPairTableBytes = 256 * kLanes * 4;
+
+template <class T>
+__device__ __forceinline__ unsigned pack_pair(float low, float high) {
+  T pair[2] = {from_float<T>(low), from_float<T>(high)};
+  unsigned bits;
+  memcpy(&bits, pair, sizeof bits);
+  return bits;
+}
+
+// All threads of the block call this; the caller synchronises afterwards.
+template <class T, int kType>
+__device__ __forceinline__ void build_pair_table(unsigned* table) {
+  const int lane = threadIdx.x % kLanes;
+  for (int byte = threadIdx.x / kLanes; byte < 256; byte += blockDim.x / kLanes) {
+    // The earlier value of a pair lies in the high nibble.
+    table[byte * kLanes + lane] = pack_pair<T>(Tables4<kType>::value(byte >> 4), Tables4<kType>::value(byte & 15));
+  }
+}
+
+// `table` points to the copy of this lane.
+template <int kByte>
+__device__ __forceinline__ unsigned decode_pair(const unsigned* table, unsigned word) {
+  return table[(word >> (8 * kByte) & 0xffu) * kLanes];
+}
+
+// d += a @ b for one 16 x 8 x 16 tile.
+template <class T>
+__device__ __forceinline__ void multiply_tile(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+#if BNB_DEVICE_ARCH >= 800
+  if constexpr (std::is_same_v<T, half_t>) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  } else {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  }
+#endif
+}
+
+// A lane's share of kChunk columns of a weight row: kChunk / 8 bytes, as words.
+template <int kChunk>
+struct Codes {
+  static constexpr int kWords = kChunk / 32;
+  unsigned words[kWords];
+};
+
+template <int kChunk>
+__device__ __forceinline__ Codes<kChunk> load_codes(const uint8_t* from) {
+  Codes<kChunk> codes;
+  if constexpr (kChunk == 64) {
+    const uint2 pair = __ldcs(reinterpret_cast<const uint2*>(from));
+    codes.words[0] = pair.x;
+    codes.words[1] = pair.y;
+  } else {
+    codes.words[0] = __ldcs(reinterpret_cast<const unsigned*>(from));
+  }
+  return codes;
+}
+
+// The left operands of the kChunk / 16 products of a chunk, for rows g and g + 8 of a tile.
+template <int kChunk>
+struct LeftOperands {
+  static constexpr int kCount = kChunk / 16;
+  unsigned registers[kCount][4];
+
+  __device__ __forceinline__ LeftOperands(const unsigned* table, const Codes<kChunk>& upper,
+                                          const Codes<kChunk>& lower) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      const unsigned u = upper.words[i / 2], l = lower.words[i / 2];
+      if (i % 2 == 0) {
+        registers[i][0] = decode_pair<0>(table, u);
+        registers[i][1] = decode_pair<0>(table, l);
+        registers[i][2] = decode_pair<1>(table, u);
+        registers[i][3] = decode_pair<1>(table, l);
+      } else {
+        registers[i][0] = decode_pair<2>(table, u);
+        registers[i][1] = decode_pair<2>(table, l);
+        registers[i][2] = decode_pair<3>(table, u);
+        registers[i][3] = decode_pair<3>(table, l);
+      }
+    }
+  }
+};
+
+__device__ __forceinline__ float load_bias(const void* bias, int dtype, int64_t index) {
+  if (bias == nullptr) {
+    return 0.0f;
+  }
+  switch (static_cast<bnb::Dtype>(dtype)) {
+    case bnb::Dtype::kFloat32:
+      return static_cast<const float*>(bias)[index];
+    case bnb::Dtype::kFloat16:
+      return to_float(static_cast<const half_t*>(bias)[index]);
+    default:
+      return to_float(static_cast<const bfloat16_t*>(bias)[index]);
+  }
+}
+
+// Calls `body` with the 16-bit element type.
+template <class Body>
+void with_half_dtype(int dtype, Body&& body) {
+  if (dtype == static_cast<int>(bnb::Dtype::kFloat16)) {
+    body(Type<half_t>{});
+  } else {
+    body(Type<bfloat16_t>{});
+  }
+}
+
+template <class Body>
+void with_chunk(int64_t blocksize, Body&& body) {
+  if (blocksize % 64 == 0) {
+    body(std::integral_constant<int, 64>{});
+  } else {
+    body(std::integral_constant<int, 32>{});
+  }
+}
+
+}  // namespace bnb_gpu

@@ -1,0 +1,150 @@
+// int8 products with up to 16 rows of activations, bound by reading the weight. See gemm4_few.cu: the
+// same division of work, with codes that need no decoding.
+#include <type_traits>
+
+#include "int8_gemm.h"
+
+namespace bnb_gpu {
+namespace {
+
+constexpr int kWarps = 8;
+constexpr int kThreads = kWarps * kLanes;
+constexpr int kChunk = 64;  // columns per step of a warp: 16 bytes per lane and row
+
+template <class T, bool kOutliers, int kRowTiles, int kTokenTiles>
+__global__ void __launch_bounds__(kThreads)
+    int8_few(const int8_t* __restrict__ a, const int8_t* __restrict__ b, int m, int n, int k,
+             const float* __restrict__ a_absmax, const float* __restrict__ b_absmax, const T* __restrict__ values,
+             const Outliers outliers, const void* __restrict__ bias, int bias_dtype, T* __restrict__ out) {
+  constexpr int kDepth = kRowTiles == 1 ? 4 : 3;
+  constexpr int kRows = 16 * kRowTiles, kTokens = 8 * kTokenTiles;
+  __shared__ int partial[kWarps * kTokens * kRows];
+  const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes;
+  const int g = lane / 4, t = lane % 4;
+  const int first_row = blockIdx.x * kRows;
+  const int chunks = (k + kChunk - 1) / kChunk;
+  const uint4 zero = make_uint4(0, 0, 0, 0);
+
+  const int8_t* rows[kRowTiles][2];
+#pragma unroll
+  for (int r = 0; r < kRowTiles; ++r) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      rows[r][h] = b + static_cast<int64_t>(min(first_row + 16 * r + 8 * h + g, n - 1)) * k + t * 16;
+    }
+  }
+  uint4 codes[kDepth][kRowTiles][2];
+  const auto fetch = [&](int slot, int chunk) {
+    const int column = chunk * kChunk;
+#pragma unroll
+    for (int r = 0; r < kRowTiles; ++r) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        codes[slot][r][h] = column + t * 16 < k ? __ldcs(reinterpret_cast<const uint4*>(rows[r][h] + column)) : zero;
+      }
+    }
+  };
+#pragma unroll
+  for (int d = 0; d < kDepth; ++d) {
+    if (warp + d * kWarps < chunks) {
+      fetch(d, warp + d * kWarps);
+    }
+  }
+
+  int sums[kRowTiles][kTokenTiles][4] = {};
+  for (int start = warp; start < chunks; start += kDepth * kWarps) {
+#pragma unroll
+    for (int d = 0; d < kDepth; ++d) {
+      const int chunk = start + d * kWarps;
+      if (chunk >= chunks) {
+        break;
+      }
+      const int column = chunk * kChunk + t * 16;
+      uint4 right[kTokenTiles];
+#pragma unroll
+      for (int j = 0; j < kTokenTiles; ++j) {
+        const int token = 8 * j + g;
+        right[j] = token < m && column < k
+                       ? __ldg(reinterpret_cast<const uint4*>(a + static_cast<int64_t>(token) * k + column))
+                       : zero;
+      }
+#pragma unroll
+      for (int r = 0; r < kRowTiles; ++r) {
+        const uint4 upper = codes[d][r][0], lower = codes[d][r][1];
+        const unsigned first[4] = {upper.x, lower.x, upper.y, lower.y};
+        const unsigned second[4] = {upper.z, lower.z, upper.w, lower.w};
+#pragma unroll
+        for (int j = 0; j < kTokenTiles; ++j) {
+          multiply_tile8(sums[r][j], first, right[j].x, right[j].y);
+          multiply_tile8(sums[r][j], second, right[j].z, right[j].w);
+        }
+      }
+      if (chunk + kDepth * kWarps < chunks) {
+        fetch(d, chunk + kDepth * kWarps);
+      }
+    }
+  }
+
+#pragma unroll
+  for (int r = 0; r < kRowTiles; ++r) {
+#pragma unroll
+    for (int j = 0; j < kTokenTiles; ++j) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int row = 16 * r + 8 * (i / 2) + g, token = 8 * j + 2 * t + i % 2;
+        partial[(warp * kTokens + token) * kRows + row] = sums[r][j][i];
+      }
+    }
+  }
+  __syncthreads();
+  const int count = kOutliers ? *outliers.count : 0;
+  for (int i = threadIdx.x; i < kRows * kTokens; i += kThreads) {
+    const int row = first_row + i % kRows, token = i / kRows;
+    if (row < n && token < m) {
+      int sum = 0;
+#pragma unroll
+      for (int w = 0; w < kWarps; ++w) {
+        sum += partial[w * kRows * kTokens + i];
+      }
+      const float scale = b_absmax[row];
+      const float corrected =
+          kOutliers ? outlier_product(values + static_cast<int64_t>(token) * k, b + static_cast<int64_t>(row) * k,
+                                      outliers.columns, count, scale)
+                    : 0.0f;
+      out[static_cast<int64_t>(token) * n + row] =
+          from_float<T>(scaled_product(sum, a_absmax[token], scale, corrected, load_bias(bias, bias_dtype, row)));
+    }
+  }
+}
+
+template <class T, bool kOutliers, int kRowTiles, int kTokenTiles>
+void run(const Launch& launch, const Gemm8& p) {
+  int8_few<T, kOutliers, kRowTiles, kTokenTiles>
+      <<<static_cast<unsigned>(ceil_div(p.n, 16 * kRowTiles)), kThreads, 0, launch.stream()>>>(
+          p.a, p.b, static_cast<int>(p.m), static_cast<int>(p.n), static_cast<int>(p.k), p.a_absmax, p.b_absmax,
+          static_cast<const T*>(p.values), p.outliers, p.bias, p.bias_dtype, static_cast<T*>(p.out));
+}
+
+}  // namespace
+
+bool int8_gemm_fits(int64_t n, int64_t k, int capability) {
+  return capability >= 80 && k > 0 && n > 0 && k % 16 == 0 && n < (int64_t{1} << 31) && k < (int64_t{1} << 31);
+}
+
+void int8_gemm_few(const Launch& launch, const Gemm8& p) {
+  const bool wide = p.n >= int64_t{64} * launch.processors();
+  with_dtype(p.dtype, [&](auto type) {
+    with_outliers(p, [&](auto outliers) {
+      using T = typename decltype(type)::type;
+      constexpr bool kOutliers = decltype(outliers)::value;
+      if (p.m <= 8) {
+        wide ? run<T, kOutliers, 2, 1>(launch, p) : run<T, kOutliers, 1, 1>(launch, p);
+      } else {
+        wide ? run<T, kOutliers, 2, 2>(launch, p) : run<T, kOutliers, 1, 2>(launch, p);
+      }
+    });
+  });
+  check_launch("int8_linear");
+}
+
+}  // namespace bnb_gpu

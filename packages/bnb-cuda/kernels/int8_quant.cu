@@ -1,0 +1,318 @@
+// Row-wise (and column-wise) int8 quantization of LLM.int8(), with outlier columns found on the device.
+#include <type_traits>
+
+#include "block.h"
+#include "gemm4.h"
+#include "kernels.h"
+
+namespace bnb_gpu {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kPerVector = 8;
+constexpr float kLargestCode = 127.0f;
+
+// As the reference: the reciprocal first, the quotient first where that overflows; NaN gives 0.
+__device__ __forceinline__ int8_t encode(float value, float absmax, float scale) {
+  const float scaled = isinf(scale) ? value / absmax * kLargestCode : value * scale;
+  return static_cast<int8_t>(scaled == scaled ? __float2int_rn(scaled) : 0);
+}
+
+// Largest magnitude of the values that are no outliers, on the bits: NaN is the largest of all.
+__device__ __forceinline__ unsigned inlier_bits(float value, float threshold) {
+  const unsigned bits = bnb::magnitude_bits(value);
+  return threshold > 0.0f && bnb::float_of(bits) >= threshold ? 0u : bits;
+}
+
+__device__ __forceinline__ void flag_column(unsigned* flags, int64_t column) {
+  atomicOr(flags + column / 32, 1u << (column % 32));
+}
+
+// One thread block per row, the row in registers: columns a multiple of 8, at most kVectors * 2048.
+template <class T, int kVectors>
+__global__ void __launch_bounds__(kThreads)
+    quantize_row(const T* __restrict__ x, int columns, float threshold, int8_t* __restrict__ codes,
+                 float* __restrict__ absmax, unsigned* __restrict__ flags) {
+  __shared__ unsigned scratch[kLanes];
+  const int64_t row = blockIdx.x;
+  const T* from = x + row * columns;
+  Vector<T, kPerVector> values[kVectors];
+#pragma unroll
+  for (int v = 0; v < kVectors; ++v) {
+    const int column = (v * kThreads + threadIdx.x) * kPerVector;
+    if (column < columns) {
+      values[v] = load_streaming<T, kPerVector>(from + column);
+    }
+  }
+  unsigned bits = 0;
+#pragma unroll
+  for (int v = 0; v < kVectors; ++v) {
+    const int column = (v * kThreads + threadIdx.x) * kPerVector;
+    if (column < columns) {
+#pragma unroll
+      for (int i = 0; i < kPerVector; ++i) {
+        const float value = to_float(values[v].values[i]);
+        bits = max(bits, inlier_bits(value, threshold));
+        if (threshold > 0.0f && fabsf(value) >= threshold) {
+          flag_column(flags, column + i);
+        }
+      }
+    }
+  }
+  bits = block_max(bits, scratch);
+  const float largest = bnb::float_of(bits), scale = kLargestCode / largest;
+  if (threadIdx.x == 0) {
+    absmax[row] = largest;
+  }
+#pragma unroll
+  for (int v = 0; v < kVectors; ++v) {
+    const int column = (v * kThreads + threadIdx.x) * kPerVector;
+    if (column < columns) {
+      Vector<int8_t, kPerVector> out;
+#pragma unroll
+      for (int i = 0; i < kPerVector; ++i) {
+        out.values[i] = encode(to_float(values[v].values[i]), largest, scale);
+        if (threshold > 0.0f && fabsf(to_float(values[v].values[i])) >= threshold) {
+          out.values[i] = 0;
+        }
+      }
+      *reinterpret_cast<Vector<int8_t, kPerVector>*>(codes + row * columns + column) = out;
+    }
+  }
+}
+
+// Any number of columns, in two passes.
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    quantize_row_any(const T* __restrict__ x, int64_t columns, float threshold, int8_t* __restrict__ codes,
+                     float* __restrict__ absmax, unsigned* __restrict__ flags) {
+  __shared__ unsigned scratch[kLanes];
+  const int64_t row = blockIdx.x;
+  const T* from = x + row * columns;
+  unsigned bits = 0;
+  for (int64_t i = threadIdx.x; i < columns; i += kThreads) {
+    const float value = to_float(from[i]);
+    bits = max(bits, inlier_bits(value, threshold));
+    if (threshold > 0.0f && fabsf(value) >= threshold) {
+      flag_column(flags, i);
+    }
+  }
+  bits = block_max(bits, scratch);
+  const float largest = bnb::float_of(bits), scale = kLargestCode / largest;
+  if (threadIdx.x == 0) {
+    absmax[row] = largest;
+  }
+  for (int64_t i = threadIdx.x; i < columns; i += kThreads) {
+    const float value = to_float(from[i]);
+    codes[row * columns + i] = threshold > 0.0f && fabsf(value) >= threshold ? 0 : encode(value, largest, scale);
+  }
+}
+
+// Turns the flags into an ascending list. One thread block of 1024 threads.
+__global__ void __launch_bounds__(1024) list_columns(const unsigned* __restrict__ flags, int64_t words,
+                                                     int* __restrict__ columns, int* __restrict__ count) {
+  __shared__ int ends[32];
+  __shared__ int total;
+  const int lane = threadIdx.x % kLanes, group = threadIdx.x / kLanes;
+  if (threadIdx.x == 0) {
+    total = 0;
+  }
+  for (int64_t base = 0; base < words; base += blockDim.x) {
+    const int64_t word = base + threadIdx.x;
+    unsigned bits = word < words ? flags[word] : 0u;
+    int before = __popc(bits);
+    const int own = before;
+    for (int step = 1; step < kLanes; step <<= 1) {
+      const int other = shuffle(before, lane - step < 0 ? lane : lane - step);
+      before += lane >= step ? other : 0;
+    }
+    __syncthreads();
+    if (lane == kLanes - 1) {
+      ends[group] = before;
+    }
+    __syncthreads();
+    int place = total + before - own;
+    for (int i = 0; i < group; ++i) {
+      place += ends[i];
+    }
+    while (bits != 0) {
+      const int bit = __ffs(static_cast<int>(bits)) - 1;
+      columns[place++] = static_cast<int>(word * 32 + bit);
+      bits &= bits - 1;
+    }
+    __syncthreads();
+    if (threadIdx.x == blockDim.x - 1) {
+      total = place;
+    }
+    __syncthreads();
+  }
+  if (threadIdx.x == 0) {
+    *count = total;
+  }
+}
+
+__global__ void __launch_bounds__(kThreads)
+    clear_columns(int8_t* __restrict__ codes, int64_t rows, int64_t columns, const int* __restrict__ listed,
+                  const int* __restrict__ count) {
+  const int64_t total = rows * *count;
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < total;
+       i += static_cast<int64_t>(gridDim.x) * kThreads) {
+    codes[i % rows * columns + listed[i / rows]] = 0;
+  }
+}
+
+// Statistics of columns: a thread block takes 256 columns of a band of rows.
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    column_statistics(const T* __restrict__ x, int64_t rows, int64_t columns, float threshold,
+                      unsigned* __restrict__ absmax) {
+  const int64_t column = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (column >= columns) {
+    return;
+  }
+  unsigned bits = 0;
+  for (int64_t row = blockIdx.y; row < rows; row += gridDim.y) {
+    bits = max(bits, inlier_bits(to_float(x[row * columns + column]), threshold));
+  }
+  // Magnitudes order as their bits do.
+  atomicMax(absmax + column, bits);
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    quantize_columns(const T* __restrict__ x, int64_t rows, int64_t columns, float threshold,
+                     const float* __restrict__ absmax, int8_t* __restrict__ codes) {
+  const int64_t total = rows * columns;
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < total;
+       i += static_cast<int64_t>(gridDim.x) * kThreads) {
+    const float value = to_float(x[i]), largest = absmax[i % columns];
+    const bool outlier = threshold > 0.0f && fabsf(value) >= threshold;
+    codes[i] = outlier ? 0 : encode(value, largest, kLargestCode / largest);
+  }
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    dequantize_rows(const int8_t* __restrict__ codes, const float* __restrict__ absmax, int64_t total,
+                    int64_t columns, T* __restrict__ out) {
+  for (int64_t i = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * kPerVector; i < total;
+       i += static_cast<int64_t>(gridDim.x) * kThreads * kPerVector) {
+    if (columns % kPerVector == 0) {
+      const Vector<int8_t, kPerVector> in = load_streaming<int8_t, kPerVector>(codes + i);
+      const float scale = absmax[i / columns];
+      Vector<T, kPerVector> values;
+#pragma unroll
+      for (int v = 0; v < kPerVector; ++v) {
+        values.values[v] = from_float<T>(in.values[v] * scale * (1.0f / kLargestCode));
+      }
+      *reinterpret_cast<Vector<T, kPerVector>*>(out + i) = values;
+    } else {
+      for (int64_t j = i; j < i + kPerVector && j < total; ++j) {
+        out[j] = from_float<T>(codes[j] * absmax[j / columns] * (1.0f / kLargestCode));
+      }
+    }
+  }
+}
+
+template <class T>
+void quantize(const Launch& launch, const T* x, int64_t rows, int64_t columns, float threshold, int8_t* codes,
+              float* absmax, unsigned* flags) {
+  const unsigned grid = static_cast<unsigned>(rows);
+  if (columns % kPerVector == 0 && columns <= 8192) {
+    const int vectors = static_cast<int>(ceil_div(columns, kThreads * kPerVector));
+    const auto go = [&](auto count) {
+      quantize_row<T, decltype(count)::value><<<grid, kThreads, 0, launch.stream()>>>(
+          x, static_cast<int>(columns), threshold, codes, absmax, flags);
+    };
+    switch (vectors) {
+      case 1:
+        return go(std::integral_constant<int, 1>{});
+      case 2:
+        return go(std::integral_constant<int, 2>{});
+      default:
+        return go(std::integral_constant<int, 4>{});
+    }
+  }
+  quantize_row_any<T><<<grid, kThreads, 0, launch.stream()>>>(x, columns, threshold, codes, absmax, flags);
+}
+
+void prepare(const Launch& launch, const Outliers& outliers, int64_t columns) {
+  check(gpuMemsetAsync(outliers.flags, 0, ceil_div(columns, 32) * 4, launch.stream()), "int8 quantization");
+}
+
+void list_and_clear(const Launch& launch, const Outliers& outliers, int8_t* codes, int8_t* more_codes, int64_t rows,
+                    int64_t columns) {
+  list_columns<<<1, 1024, 0, launch.stream()>>>(outliers.flags, ceil_div(columns, 32), outliers.columns,
+                                               outliers.count);
+  const unsigned grid = launch.grid(ceil_div(rows * 16, kThreads), 4);
+  for (int8_t* each : {codes, more_codes}) {
+    if (each != nullptr) {
+      clear_columns<<<grid, kThreads, 0, launch.stream()>>>(each, rows, columns, outliers.columns, outliers.count);
+    }
+  }
+}
+
+}  // namespace
+
+void int8_quantize_rows(const Launch& launch, const void* x, int dtype, int64_t rows, int64_t columns,
+                        float threshold, int8_t* codes, float* absmax, const Outliers& outliers) {
+  if (threshold > 0.0f && columns > 0) {
+    prepare(launch, outliers, columns);
+  }
+  if (rows > 0) {
+    with_dtype(dtype, [&](auto type) {
+      using T = typename decltype(type)::type;
+      quantize<T>(launch, static_cast<const T*>(x), rows, columns, threshold, codes, absmax, outliers.flags);
+    });
+  }
+  if (threshold > 0.0f && columns > 0) {
+    list_and_clear(launch, outliers, codes, nullptr, rows, columns);
+  }
+  check_launch("int8_vectorwise_quant");
+}
+
+void int8_double_quantize(const Launch& launch, const void* x, int dtype, int64_t rows, int64_t columns,
+                          float threshold, int8_t* row_codes, int8_t* column_codes, float* row_absmax,
+                          float* column_absmax, const Outliers& outliers) {
+  if (columns == 0) {
+    return int8_quantize_rows(launch, x, dtype, rows, columns, 0.0f, row_codes, row_absmax, outliers);
+  }
+  if (threshold > 0.0f) {
+    prepare(launch, outliers, columns);
+  }
+  check(gpuMemsetAsync(column_absmax, 0, columns * 4, launch.stream()), "int8_double_quant");
+  if (rows > 0) {
+    with_dtype(dtype, [&](auto type) {
+      using T = typename decltype(type)::type;
+      const T* from = static_cast<const T*>(x);
+      quantize<T>(launch, from, rows, columns, threshold, row_codes, row_absmax, outliers.flags);
+      const int64_t across = ceil_div(columns, kThreads);
+      const int64_t bands = ceil_div(static_cast<int64_t>(launch.processors()) * 8, across);
+      const dim3 grid(static_cast<unsigned>(across), static_cast<unsigned>(bands < rows ? bands : rows));
+      column_statistics<T><<<grid, kThreads, 0, launch.stream()>>>(from, rows, columns, threshold,
+                                                                  reinterpret_cast<unsigned*>(column_absmax));
+      quantize_columns<T><<<launch.grid(ceil_div(rows * columns, kThreads), 16), kThreads, 0, launch.stream()>>>(
+          from, rows, columns, threshold, column_absmax, column_codes);
+    });
+  }
+  if (threshold > 0.0f) {
+    list_and_clear(launch, outliers, row_codes, column_codes, rows, columns);
+  }
+  check_launch("int8_double_quant");
+}
+
+void int8_dequantize_rows(const Launch& launch, const int8_t* codes, const float* absmax, int64_t rows,
+                          int64_t columns, void* out, int dtype) {
+  const int64_t total = rows * columns;
+  if (total == 0) {
+    return;
+  }
+  with_dtype(dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    dequantize_rows<T><<<launch.grid(ceil_div(total, kThreads * kPerVector), 16), kThreads, 0, launch.stream()>>>(
+        codes, absmax, total, columns, static_cast<T*>(out));
+  });
+  check_launch("int8_vectorwise_dequant");
+}
+
+}  // namespace bnb_gpu

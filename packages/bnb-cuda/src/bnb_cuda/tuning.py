@@ -1,0 +1,83 @@
+"""Which kernel serves which sizes: measured thresholds, and pure functions that read them."""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import NamedTuple
+
+import torch
+
+
+class Path(Enum):
+    """How a product with a 4-bit weight is computed. The values are those of the native module."""
+
+    #: Plain float32 arithmetic.
+    SCALAR = 0
+    #: The warps of a thread block share rows of the weight and split its columns.
+    FEW = 1
+    #: Tiles of the result, activations in shared memory.
+    TILES = 2
+    #: The weight is dequantized and multiplied by the library.
+    DEQUANTIZE = 3
+
+
+class Plan(NamedTuple):
+    """A path and, for tiles, the thread blocks that share the columns of the weight."""
+
+    path: Path
+    split: int = 1
+
+
+#: Rows of activations up to which each path wins (H100; tiles against dequantizing).
+MOST_ROWS_FEW = 16
+MOST_ROWS_TILES = 192
+#: Rows up to which plain arithmetic beats dequantizing, for float32.
+MOST_ROWS_SCALAR = 4
+
+#: Weight rows and columns of one tile, and the widest cluster.
+TILE_ROWS = 128
+TILE_STEP = 128
+MOST_SPLIT = 8
+
+
+def fits_matrix_units(n: int, k: int, blocksize: int, dtype: torch.dtype, capability: int) -> bool:
+    """Whether the fused kernels take these sizes; the native module's ``gemm_4bit_fits`` says the same."""
+    return (
+        capability >= 80
+        and dtype in (torch.float16, torch.bfloat16)
+        and 0 < n < 2**31
+        and 0 < k < 2**31
+        and blocksize >= 32
+        and blocksize & (blocksize - 1) == 0
+        and k % min(blocksize, 64) == 0
+    )
+
+
+def plan_gemm_4bit(
+    rows: int, n: int, k: int, blocksize: int, dtype: torch.dtype, capability: int, processors: int
+) -> Plan:
+    """How to multiply ``rows`` rows by a 4-bit weight of shape ``(n, k)``."""
+    if not fits_matrix_units(n, k, blocksize, dtype, capability):
+        return Plan(Path.SCALAR if rows <= MOST_ROWS_SCALAR else Path.DEQUANTIZE)
+    if rows <= MOST_ROWS_FEW:
+        return Plan(Path.FEW)
+    if rows <= MOST_ROWS_TILES:
+        return Plan(Path.TILES, split_of(rows, n, k, capability, processors))
+    return Plan(Path.DEQUANTIZE)
+
+
+def split_of(rows: int, n: int, k: int, capability: int, processors: int) -> int:
+    """Thread blocks that share the columns of a tile, so that all multiprocessors have work."""
+    if capability < 90:
+        return 1
+    tiles = -(-n // TILE_ROWS) * -(-rows // 64)
+    split = 1
+    # Each share keeps some steps, or the sum over the cluster would cost more than it saves.
+    while split < MOST_SPLIT and tiles * split * 2 <= processors * 1.25 and k // (TILE_STEP * split * 2) >= 4:
+        split *= 2
+    return split
+
+
+#: Rows up to which the int8 kernels for few rows and for tiles win over the library's integer product.
+MOST_ROWS_INT8_FEW = 16
+MOST_ROWS_INT8_TILES = 512
