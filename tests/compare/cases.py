@@ -63,6 +63,7 @@ def codebook_cases() -> Iterator[Case]:
 def quantize_4bit_cases(make: Maker) -> Iterator[Case]:
     """Kinds of values over all block sizes, shapes, storages and nesting."""
     grid = itertools.product(("nf4", "fp4"), DTYPES, BLOCKSIZES, KINDS)
+    combos: list[tuple[str, str, int, str, tuple[int, ...], str, bool]]
     combos = [(t, d, b, k, (2 * b // 64 + 3, 67), "uint8", False) for t, d, b, k in grid]
     shapes = itertools.product(("nf4", "fp4"), DTYPES, (64, 4096), SHAPES)
     combos += [(t, d, b, "normal", shape, "uint8", False) for t, d, b, shape in shapes]
@@ -135,6 +136,7 @@ def nested_inputs(make: Maker, name: str, quant_type: str, dtype: str, blocksize
 
 def blockwise_cases(make: Maker) -> Iterator[Case]:
     """8-bit codes for every codebook."""
+    combos: list[tuple[str, str, int, str, tuple[int, ...]]]
     combos = [(c, d, 256, k, (5, 333)) for c, d, k in itertools.product(BLOCKWISE_CODES, DTYPES, KINDS)]
     combos += [
         (c, d, b, "normal", (3, 2777)) for c, d, b in itertools.product(BLOCKWISE_CODES[:2], DTYPES, BLOCKSIZES[1:])
@@ -158,6 +160,7 @@ def blockwise_cases(make: Maker) -> Iterator[Case]:
 def int8_cases(make: Maker) -> Iterator[Case]:
     """Row-wise quantization and integer products."""
     kinds = [kind for kind in KINDS if kind != "ties"]
+    combos: list[tuple[str, str, tuple[int, ...], float]]
     combos = [(k, d, (17, 99), t) for k, d, t in itertools.product(kinds, DTYPES, (0.0, 2.0, 6.0))]
     shapes = ((1, 1), (5, 7), (2, 3, 130), (9,), (64, 256), (0, 16), (3, 0))
     combos += [("normal", d, shape, t) for d, shape, t in itertools.product(DTYPES, shapes, (0.0, 2.0))]

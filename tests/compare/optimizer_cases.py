@@ -65,12 +65,12 @@ def optimizer_op_cases(make: Maker) -> Iterator[Case]:
             yield Case("optimizer_op", name, inputs)
 
 
-def state_tensors(make: Maker, name: str, rule: str, bits: int, dtype: str) -> dict[str, torch.Tensor | None]:
+def state_tensors(make: Maker, name: str, rule: str, bits: int, dtype: str) -> dict[str, Any]:
     """Parameter, gradient and state for one step; the last block is partial."""
     generator, count = make.seeded(name), 1000
     lead = (2,) if rule == "ademamix" else ()
     nonnegative = rule in ("rmsprop", "adagrad")
-    tensors: dict[str, torch.Tensor | None] = {
+    tensors: dict[str, Any] = {
         "p": torch.randn(count, generator=generator).to(dtype_of(dtype)),
         "g": torch.randn(count, generator=generator).to(dtype_of(dtype)),
         "state2": None,
@@ -110,8 +110,8 @@ def optimizer_state_dict_cases(make: Maker) -> Iterator[Case]:
 def optimizer_load_cases(first: list[Case], saved: dict[str, Any]) -> Iterator[Case]:
     """The state dicts of the first round, nested as saved and in the old flat layout."""
     for case in first:
-        result = saved.get(case.key)
-        if case.op != "optimizer_state_dict" or "steps" not in (result or {}):
+        result = saved.get(case.key) or {}
+        if case.op != "optimizer_state_dict" or "steps" not in result:
             continue
         last = result["steps"][-1]
         for flat in (False, True):

@@ -147,12 +147,12 @@ def test_optimizer_rounding_is_proved(rule: str, bits: int) -> None:
 def right_step(rule: str, tensors: dict[str, Any]) -> dict[str, Any]:
     """What an op should make of ``tensors``."""
     ours = {key: value for key, value in tensors.items() if value is not None}
-    states = {}
+    states: dict[str, torch.Tensor] = {}
     for key in ("state1", "state2"):
         if key in ours:
             coded = ours[key].dtype == torch.uint8
-            parts = (ours[key], ours.get(f"absmax{key[-1]}"), ours.get(f"qmap{key[-1]}"))
-            states[key] = truth_optim.decode(*parts) if coded else ours[key].double()
+            names = (key, f"absmax{key[-1]}", f"qmap{key[-1]}")
+            states[key] = truth_optim.decode(*(ours[name] for name in names)) if coded else ours[key].double()
     step = truth_optim.step(rule, ours["p"].double(), ours["g"], states, NUMBERS)
     result = ours | {"p": step.p.float()}
     for key, value in (("state1", step.state1), ("state2", step.state2)):

@@ -29,7 +29,7 @@ def handler(function: Handler) -> Handler:
     return function
 
 
-def dtype_of(name: str | None) -> torch.dtype | None:
+def dtype_of(name: str | None) -> Any:
     """``torch.float32`` for ``"float32"``."""
     return None if name is None else getattr(torch, name)
 

@@ -30,7 +30,9 @@ class Codebook {
   bool is_usual(float scale) const { return base_ == 0 && bnb::magnitude_bits(scale) < 0x7f800000u; }
 
   // Scales and encodes kStep values.
-  BNB_FN void encode_step(const Codebook& book, const float* values, float scale, uint8_t* codes) {
+  template <class Between>
+  BNB_FN void encode_step(const Codebook& book, const float* values, float scale, uint8_t* codes,
+                          const Between& between) {
     constexpr int kChains = kStep / 32;
     const F32 factor = splat(scale);
     const Words first = _mm512_set1_epi16(static_cast<int16_t>(book.limits_[8 * 15 + 7]));
@@ -52,9 +54,11 @@ class Codebook {
       limit[j] = first;
     }
     compare();
+    Between::run(between, 0);
     for (int j = 0; j < kChains; ++j) {
       at[j] = _mm512_maskz_mov_epi16(above[j], _mm512_set1_epi16(16));
     }
+    #pragma GCC unroll 4
     for (int step = 0; step < 4; ++step) {
       const Words table = _mm512_load_si512(book.coarse_[step]);
       for (int j = 0; j < kChains; ++j) {
@@ -62,6 +66,7 @@ class Codebook {
       }
       compare();
       add(at, 8 >> step);
+      Between::run(between, 1 + step);
     }
     const Words fourth = _mm512_load_si512(book.fourth_);
     for (int j = 0; j < kChains; ++j) {
@@ -71,17 +76,20 @@ class Codebook {
     compare();
     add(at, 32);
     add(code, 4);
+    Between::run(between, 5);
     for (int j = 0; j < kChains; ++j) {
       limit[j] = lookup64(book.middle_, at[j]);
       other[j] = lookup64(book.fine_[1], at[j]);
       at[j] = lookup64(book.fine_[0], at[j]);
     }
+    Between::run(between, 6);
     compare();
     add(code, 2);
     for (int j = 0; j < kChains; ++j) {
       limit[j] = _mm512_mask_blend_epi16(above[j], at[j], other[j]);
     }
     compare();
+    Between::run(between, 7);
     add(code, 1);
     // Packing works inside of 128-bit lanes; the order of dwords makes its results contiguous.
     const Words order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);

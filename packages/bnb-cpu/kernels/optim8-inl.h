@@ -59,14 +59,27 @@ struct Kernel8 {
     bool waits = false;
   };
 
-  // Encodes elements `from` to `to`, whole steps.
-  BNB_FN void encode(const Kernel8& kernel, const Pending& pending, int from, int to) {
-    for (int i = from; i < to; i += Codebook::kStep) {
-      for (int s = 0; s < kValues; ++s) {
-        Codebook::encode_step(kernel.codebook(s), pending.values[s] + i, pending.scale[s], pending.codes[s] + i);
+  // Vectors of a unit that are moved while codes of another one are searched.
+  struct Mover {
+    const Tensor& t;
+    int64_t start;
+    const bnb::RuleConstants<F32>& vectors;
+    const int32_t* noise;
+    float (*values)[kUnit];
+    int from, value;
+
+    BNB_FN void run(const Mover& m, int phase) {
+      constexpr int kSlots = 8 * kValues, kVectors = Codebook::kStep / kLanes;
+      const int slot = m.value * 8 + phase;
+      for (int v = slot * kVectors / kSlots; v < (slot + 1) * kVectors / kSlots; ++v) {
+        const int j = m.from + v * kLanes;
+        move_element(m.t, m.start + j, m.vectors, m.noise ? m.noise + j : nullptr, m.values);
       }
     }
-  }
+  };
+  struct Nothing {
+    BNB_FN void run(const Nothing&, int) {}
+  };
 
   // Writes the statistics of moved values. Their codes are left for the next unit where that can be.
   void finish(const Tensor& t, int64_t unit, int size, Pending& pending) const {
@@ -87,6 +100,15 @@ struct Kernel8 {
     }
   }
 
+  void flush(Pending& pending) const {
+    for (int i = 0; i < kUnit && pending.waits; i += Codebook::kStep) {
+      for (int s = 0; s < kValues; ++s) {
+        Codebook::encode_step(codebook(s), pending.values[s] + i, pending.scale[s], pending.codes[s] + i, Nothing{});
+      }
+    }
+    pending.waits = false;
+  }
+
   // While one unit is moved, which keeps the divider busy, the one before is encoded, which needs everything
   // else.
   void move(const Tensor& t, int64_t begin, int64_t end) const {
@@ -105,26 +127,26 @@ struct Kernel8 {
       }
       decode(t, unit, size, now.values);
       int i = 0;
-      for (; i + kStep <= size; i += kStep) {
-        for (int j = i; j < i + kStep; j += kLanes) {
-          move_element(t, start + j, vectors, noise ? noise + j : nullptr, now.values);
+      if (before.waits && size == kUnit) {
+        for (; i < size; i += kStep) {
+          for (int s = 0; s < kValues; ++s) {
+            Codebook::encode_step(codebook(s), before.values[s] + i, before.scale[s], before.codes[s] + i,
+                                  Mover{t, start, vectors, noise, now.values, i, s});
+          }
         }
-        if (before.waits) {
-          encode(*this, before, i, i + kStep);
-        }
-      }
-      if (before.waits) {
-        encode(*this, before, i, kUnit);
         before.waits = false;
+      } else if (before.waits) {
+        flush(before);
+      }
+      for (; i + kLanes <= size; i += kLanes) {
+        move_element(t, start + i, vectors, noise ? noise + i : nullptr, now.values);
       }
       for (; i < size; ++i) {
         move_element(t, start + i, t.constants, noise ? noise + i : nullptr, now.values);
       }
       finish(t, unit, size, now);
     }
-    if (Pending& last = pendings[(end - 1) & 1]; last.waits) {
-      encode(*this, last, 0, kUnit);
-    }
+    flush(pendings[(end - 1) & 1]);
   }
 
   template <class V>

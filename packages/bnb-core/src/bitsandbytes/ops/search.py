@@ -1,8 +1,9 @@
 """Reference arithmetic of block-wise quantization: scaling, code search, and the way back.
 
 The exact order of operations is part of the format: packed codes and statistics are equal bit for
-bit to those of bitsandbytes 0.50.2 on the CPU. All steps are in float32, each rounded on its own
-(no fused multiply-add).
+bit to those of bitsandbytes 0.50.2 on the same class of device. All steps are in float32, each rounded
+on its own (no fused multiply-add). The CPU and the GPUs of that release disagree in a few places, which
+:func:`follows_cpu` decides.
 """
 
 from __future__ import annotations
@@ -19,6 +20,11 @@ TINY_ABSMAX = 1e-38
 #: The 8-bit search rounds a scaled value in [-1, 1] to one of this many evenly spaced points.
 GRID_POINTS = 65536
 _GRID_SCALE = (GRID_POINTS - 1) / 2
+
+
+def follows_cpu(device: torch.device) -> bool:
+    """Whether quantization on a device follows the rules of the CPU rather than those of GPUs."""
+    return device.type in ("cpu", "meta")
 
 
 def scale_blocks_4bit(A: torch.Tensor, blocksize: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -101,7 +101,9 @@ def spread(state: Mapping[str, Any], p: Any) -> State:
             if by_rows:
                 stats, offset = row_form(absmax, rows, width)
                 stats = stats.reshape((slots, *stats.shape[1:]) if slots > 1 else stats.shape[1:])
-                saved[ROW_KEYS[number - 1]] = _as_sharded(stats, p, (p.shape[0] if p.dim() else 1, stats.shape[-1]), slots)
+                saved[ROW_KEYS[number - 1]] = _as_sharded(
+                    stats, p, (p.shape[0] if p.dim() else 1, stats.shape[-1]), slots
+                )
                 saved[OFFSET_KEY] = _as_sharded(offset, p, (p.shape[0] if p.dim() else 1,), 1)
             else:
                 value = load_state(value, state[f"qmap{number}"], state[f"absmax{number}"])
@@ -126,9 +128,13 @@ def collect(saved: Mapping[str, Any], p: torch.Tensor, slots: int) -> State:
             continue
         rows, width = _matrix(local(p))
         codes, depth = state.get(f"state{number}"), slots if number == 1 else 1
-        fits = isinstance(codes, torch.Tensor) and codes.numel() == depth * rows * width
         touched = (width + STATE_BLOCKSIZE - 2) // STATE_BLOCKSIZE + 1
-        if not fits or by_rows.numel() != depth * rows * touched or offset.numel() != rows:
+        if (
+            not isinstance(codes, torch.Tensor)
+            or codes.numel() != depth * rows * width
+            or by_rows.numel() != depth * rows * touched
+            or offset.numel() != rows
+        ):
             # Without an absmax the state is refused by the check that follows.
             continue
         shape = codes.shape
