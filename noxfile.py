@@ -179,6 +179,13 @@ def with_project(session: nox.Session) -> Environment:
     return environment
 
 
+def with_upstream(session: nox.Session) -> Environment:
+    """An environment with the upstream release, which must not share one with this project."""
+    environment = Environment(session, "upstream")
+    environment.install(TORCH, UPSTREAM)
+    return environment
+
+
 def with_model(session: nox.Session) -> Environment:
     """The same with the libraries that load the real language model, and the model as a checkpoint."""
     environment = with_project(session)
@@ -379,10 +386,8 @@ def downstream(session: nox.Session) -> None:
 @nox.session
 def compare(session: nox.Session) -> None:
     """Compare bytes and numbers with the upstream release, which gets an environment of its own."""
-    upstream = Environment(session, "upstream")
-    upstream.install(TORCH, UPSTREAM)
-    ours = with_project(session)
-    ours.run("-m", "tests.compare.run", "--ours", ours.python, "--theirs", upstream.python, *session.posargs)
+    theirs, ours = with_upstream(session), with_project(session)
+    ours.run("-m", "tests.compare.run", "--ours", ours.python, "--theirs", theirs.python, *session.posargs)
 
 
 @nox.session
@@ -394,5 +399,9 @@ def build(session: nox.Session) -> None:
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """Benchmarks of this machine's backends; arguments after ``--`` go to the benchmark."""
-    with_project(session).run("benchmarks/run.py", *session.posargs)
+    """Benchmarks of the CPU next to torch and the upstream release; after ``--``, names of scripts and options."""
+    names = [argument for argument in session.posargs if argument.endswith(".py")]
+    options = [argument for argument in session.posargs if not argument.endswith(".py")]
+    theirs, ours = with_upstream(session), with_project(session)
+    for script in names or sorted((ROOT / "benchmarks").glob("cpu_*.py")):
+        ours.run(script, "--peer", theirs.python, *options, env=BACKENDS_REQUIRED)

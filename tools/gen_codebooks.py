@@ -24,6 +24,7 @@ PREAMBLE = """\
 //   BNB_<TYPE>_VALUES     the 16 values by code
 //   BNB_<TYPE>_MIDPOINTS  the 15 float32 midpoints between neighbours in ascending order of value
 //   BNB_<TYPE>_ORDER      the 16 codes in ascending order of value
+//   BNB_<TYPE>_GPU_...    the same two on GPUs, which round at other boundaries
 #pragma once
 
 // clang-format off
@@ -57,6 +58,8 @@ def render() -> str:
         lines.append(macro(f"{name}_VALUES", float_list(codebooks.code_4bit(quant_type, cpu).tolist())))
         lines.append(macro(f"{name}_MIDPOINTS", float_list(codebooks.midpoints_4bit(quant_type, cpu).tolist())))
         lines.append(macro(f"{name}_ORDER", ", ".join(map(str, codebooks.order_4bit(quant_type)))))
+        lines.append(macro(f"{name}_GPU_BOUNDARIES", float_list(list(codebooks.BOUNDARIES_4BIT_GPU[quant_type]))))
+        lines.append(macro(f"{name}_GPU_ORDER", ", ".join(map(str, codebooks.ORDER_4BIT_GPU[quant_type]))))
     return "\n".join(lines)
 
 

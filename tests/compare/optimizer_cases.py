@@ -110,8 +110,8 @@ def optimizer_state_dict_cases(make: Maker) -> Iterator[Case]:
 def optimizer_load_cases(first: list[Case], saved: dict[str, Any]) -> Iterator[Case]:
     """The state dicts of the first round, nested as saved and in the old flat layout."""
     for case in first:
-        result = saved.get(case.key) or {}
-        if case.op != "optimizer_state_dict" or "steps" not in result:
+        result = saved.get(case.key)
+        if case.op != "optimizer_state_dict" or not isinstance(result, dict) or "steps" not in result:
             continue
         last = result["steps"][-1]
         for flat in (False, True):

@@ -40,8 +40,9 @@ def make_weight(make: Maker, name: str, shape: tuple[int, int], dtype: str) -> d
 def load_cases(first: list[Case], saved: dict[str, Any]) -> Iterator[Case]:
     """What a side saved in the first round, to be loaded."""
     for case in first:
-        result = saved.get(case.key) or {}
-        if case.op not in ("linear4bit_state_dict", "linear8bit_state_dict") or "before" not in result:
+        result = saved.get(case.key)
+        is_layer = case.op in ("linear4bit_state_dict", "linear8bit_state_dict")
+        if not is_layer or not isinstance(result, dict) or "before" not in result:
             continue
         options, shape = case.inputs["options"], list(case.inputs["weight"].shape)
         state_dict = {key: result["before"]["tensors"][key] for key in result["before"]["keys"]}

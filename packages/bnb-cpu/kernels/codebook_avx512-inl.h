@@ -22,86 +22,20 @@ class Codebook {
     }
   }
 
-  // Values that encode_step takes. A search waits for each of its steps, so four of them run side by side.
-  static constexpr int kStep = 64;
-
-  // Whether encode_step serves values whose absmax has this reciprocal. A subnormal absmax may have none, and
-  // then zeros scale to NaN.
-  bool is_usual(float scale) const { return base_ == 0 && bnb::magnitude_bits(scale) < 0x7f800000u; }
-
-  // Scales and encodes kStep values.
-  template <class Between>
-  BNB_FN void encode_step(const Codebook& book, const float* values, float scale, uint8_t* codes,
-                          const Between& between) {
-    constexpr int kChains = kStep / 32;
-    const F32 factor = splat(scale);
-    const Words first = _mm512_set1_epi16(static_cast<int16_t>(book.limits_[8 * 15 + 7]));
-    Words position[kChains], at[kChains], code[kChains], limit[kChains], other[kChains];
-    __mmask32 above[kChains];
-    const auto compare = [&] {
-      for (int j = 0; j < kChains; ++j) {
-        above[j] = _mm512_cmpgt_epu16_mask(position[j], limit[j]);
-      }
-    };
-    const auto add = [&](Words* to, int what) {
-      for (int j = 0; j < kChains; ++j) {
-        to[j] = _mm512_mask_add_epi16(to[j], above[j], to[j], _mm512_set1_epi16(static_cast<int16_t>(what)));
-      }
-    };
-    for (int j = 0; j < kChains; ++j) {
-      const float* from = values + 32 * j;
-      position[j] = _mm512_packus_epi32(position_of(load(from) * factor).v, position_of(load(from + 16) * factor).v);
-      limit[j] = first;
+  // absmax: that of the values, which are all finite.
+  void encode(const float* values, float absmax, int count, uint8_t* codes) const {
+    if (absmax == 0.0f) {
+      memset(codes, 0, static_cast<size_t>(count));
+      return;
     }
-    compare();
-    Between::run(between, 0);
-    for (int j = 0; j < kChains; ++j) {
-      at[j] = _mm512_maskz_mov_epi16(above[j], _mm512_set1_epi16(16));
+    const float scale = 1.0f / absmax;
+    // A subnormal absmax may have no reciprocal, and then zeros scale to NaN.
+    const bool usual = base_ == 0 && bnb::magnitude_bits(scale) < 0x7f800000u;
+    int i = 0;
+    for (; usual && i + kStep <= count; i += kStep) {
+      encode_step(*this, values + i, scale, codes + i);
     }
-    #pragma GCC unroll 4
-    for (int step = 0; step < 4; ++step) {
-      const Words table = _mm512_load_si512(book.coarse_[step]);
-      for (int j = 0; j < kChains; ++j) {
-        limit[j] = _mm512_permutexvar_epi16(at[j], table);
-      }
-      compare();
-      add(at, 8 >> step);
-      Between::run(between, 1 + step);
-    }
-    const Words fourth = _mm512_load_si512(book.fourth_);
-    for (int j = 0; j < kChains; ++j) {
-      limit[j] = _mm512_permutexvar_epi16(at[j], fourth);
-      code[j] = _mm512_slli_epi16(at[j], 3);
-    }
-    compare();
-    add(at, 32);
-    add(code, 4);
-    Between::run(between, 5);
-    for (int j = 0; j < kChains; ++j) {
-      limit[j] = lookup64(book.middle_, at[j]);
-      other[j] = lookup64(book.fine_[1], at[j]);
-      at[j] = lookup64(book.fine_[0], at[j]);
-    }
-    Between::run(between, 6);
-    compare();
-    add(code, 2);
-    for (int j = 0; j < kChains; ++j) {
-      limit[j] = _mm512_mask_blend_epi16(above[j], at[j], other[j]);
-    }
-    compare();
-    Between::run(between, 7);
-    add(code, 1);
-    // Packing works inside of 128-bit lanes; the order of dwords makes its results contiguous.
-    const Words order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-    for (int j = 0; j < kChains; j += 2) {
-      _mm512_storeu_si512(codes + 32 * j,
-                          _mm512_permutexvar_epi32(order, _mm512_packus_epi16(code[j], code[j + 1])));
-    }
-  }
-
-  // Scales and encodes any values one by one.
-  void encode_each(const float* values, float scale, int count, uint8_t* codes) const {
-    for (int i = 0; i < count; ++i) {
+    for (; i < count; ++i) {
       const float scaled = values[i] * scale;
       codes[i] = bnb::is_nan(scaled) ? 0 : code_at(bnb::grid_position(scaled));
     }
@@ -237,6 +171,71 @@ class Codebook {
 
   BNB_FN Words lookup64(const uint16_t* table, Words index) {
     return _mm512_permutex2var_epi16(_mm512_load_si512(table), index, _mm512_load_si512(table + 32));
+  }
+
+  // Values that encode_step takes. A search waits for each of its steps, so many of them run side by side.
+  static constexpr int kStep = 256;
+
+  // Scales and encodes kStep values.
+  BNB_FN void encode_step(const Codebook& book, const float* values, float scale, uint8_t* codes) {
+    constexpr int kChains = kStep / 32;
+    const F32 factor = splat(scale);
+    const Words first = _mm512_set1_epi16(static_cast<int16_t>(book.limits_[8 * 15 + 7]));
+    Words position[kChains], at[kChains], code[kChains], limit[kChains], other[kChains];
+    __mmask32 above[kChains];
+    const auto compare = [&] {
+      for (int j = 0; j < kChains; ++j) {
+        above[j] = _mm512_cmpgt_epu16_mask(position[j], limit[j]);
+      }
+    };
+    const auto add = [&](Words* to, int what) {
+      for (int j = 0; j < kChains; ++j) {
+        to[j] = _mm512_mask_add_epi16(to[j], above[j], to[j], _mm512_set1_epi16(static_cast<int16_t>(what)));
+      }
+    };
+    for (int j = 0; j < kChains; ++j) {
+      const float* from = values + 32 * j;
+      position[j] = _mm512_packus_epi32(position_of(load(from) * factor).v, position_of(load(from + 16) * factor).v);
+      limit[j] = first;
+    }
+    compare();
+    for (int j = 0; j < kChains; ++j) {
+      at[j] = _mm512_maskz_mov_epi16(above[j], _mm512_set1_epi16(16));
+    }
+    for (int step = 0; step < 4; ++step) {
+      const Words table = _mm512_load_si512(book.coarse_[step]);
+      for (int j = 0; j < kChains; ++j) {
+        limit[j] = _mm512_permutexvar_epi16(at[j], table);
+      }
+      compare();
+      add(at, 8 >> step);
+    }
+    const Words fourth = _mm512_load_si512(book.fourth_);
+    for (int j = 0; j < kChains; ++j) {
+      limit[j] = _mm512_permutexvar_epi16(at[j], fourth);
+      code[j] = _mm512_slli_epi16(at[j], 3);
+    }
+    compare();
+    add(at, 32);
+    add(code, 4);
+    for (int j = 0; j < kChains; ++j) {
+      limit[j] = lookup64(book.middle_, at[j]);
+      other[j] = lookup64(book.fine_[1], at[j]);
+      at[j] = lookup64(book.fine_[0], at[j]);
+    }
+    compare();
+    add(code, 2);
+    for (int j = 0; j < kChains; ++j) {
+      limit[j] = _mm512_mask_blend_epi16(above[j], at[j], other[j]);
+    }
+    compare();
+    add(code, 1);
+    // Packing works inside of 128-bit lanes; the order of dwords makes its results contiguous.
+    const Words order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    for (int j = 0; j < kChains; j += 2) {
+      _mm512_storeu_si512(codes + 32 * j,
+                          _mm512_permutexvar_epi32(order, _mm512_packus_epi16(code[j], code[j + 1])));
+    }
   }
 
   // `scaled` comes so close to [-1, 1] that its position is on the grid without clamping.

@@ -51,102 +51,36 @@ struct Kernel8 {
     }
   }
 
-  // Moved values of a whole unit whose codes are not written yet.
-  struct Pending {
-    alignas(64) float values[kValues][kUnit];
-    float scale[kValues];
-    uint8_t* codes[kValues];
-    bool waits = false;
-  };
-
-  // Vectors of a unit that are moved while codes of another one are searched.
-  struct Mover {
-    const Tensor& t;
-    int64_t start;
-    const bnb::RuleConstants<F32>& vectors;
-    const int32_t* noise;
-    float (*values)[kUnit];
-    int from, value;
-
-    BNB_FN void run(const Mover& m, int phase) {
-      constexpr int kSlots = 8 * kValues, kVectors = Codebook::kStep / kLanes;
-      const int slot = m.value * 8 + phase;
-      for (int v = slot * kVectors / kSlots; v < (slot + 1) * kVectors / kSlots; ++v) {
-        const int j = m.from + v * kLanes;
-        move_element(m.t, m.start + j, m.vectors, m.noise ? m.noise + j : nullptr, m.values);
-      }
-    }
-  };
-  struct Nothing {
-    BNB_FN void run(const Nothing&, int) {}
-  };
-
-  // Writes the statistics of moved values. Their codes are left for the next unit where that can be.
-  void finish(const Tensor& t, int64_t unit, int size, Pending& pending) const {
-    pending.waits = size == kUnit;
+  // Writes the statistics and the codes of moved values.
+  void store_states(const Tensor& t, int64_t unit, int size, float (*values)[kUnit]) const {
     for (int s = 0; s < kValues; ++s) {
-      const float most = tame_absmax(pending.values[s], size);
+      const float most = tame_absmax(values[s], size);
       t.absmax[s][unit] = most;
-      pending.scale[s] = 1.0f / most;
-      pending.codes[s] = static_cast<uint8_t*>(t.states[s]) + unit * kUnit;
-      pending.waits = pending.waits && codebook(s).is_usual(pending.scale[s]);
-    }
-    for (int s = 0; s < kValues && !pending.waits; ++s) {
-      if (t.absmax[s][unit] == 0.0f) {
-        memset(pending.codes[s], 0, static_cast<size_t>(size));
-      } else {
-        codebook(s).encode_each(pending.values[s], pending.scale[s], size, pending.codes[s]);
-      }
+      codebook(s).encode(values[s], most, size, static_cast<uint8_t*>(t.states[s]) + unit * kUnit);
     }
   }
 
-  void flush(Pending& pending) const {
-    for (int i = 0; i < kUnit && pending.waits; i += Codebook::kStep) {
-      for (int s = 0; s < kValues; ++s) {
-        Codebook::encode_step(codebook(s), pending.values[s] + i, pending.scale[s], pending.codes[s] + i, Nothing{});
-      }
-    }
-    pending.waits = false;
-  }
-
-  // While one unit is moved, which keeps the divider busy, the one before is encoded, which needs everything
-  // else.
   void move(const Tensor& t, int64_t begin, int64_t end) const {
-    constexpr int kStep = Codebook::kStep;
-    static_assert(kUnit % kStep == 0 && kStep % kLanes == 0);
     const auto vectors = constants_of<F32>(t.constants);
-    Pending pendings[2];
+    alignas(64) float values[kValues][kUnit];
     alignas(64) int32_t bits[kUnit];
     for (int64_t unit = begin; unit < end; ++unit) {
-      Pending &now = pendings[unit & 1], &before = pendings[~unit & 1];
       const int64_t start = unit * kUnit, left = t.count - start;
       const int size = static_cast<int>(left < kUnit ? left : kUnit);
       const int32_t* noise = t.stochastic ? bits : nullptr;
       if (noise) {
         fill_noise(t, start, bits);
       }
-      decode(t, unit, size, now.values);
+      decode(t, unit, size, values);
       int i = 0;
-      if (before.waits && size == kUnit) {
-        for (; i < size; i += kStep) {
-          for (int s = 0; s < kValues; ++s) {
-            Codebook::encode_step(codebook(s), before.values[s] + i, before.scale[s], before.codes[s] + i,
-                                  Mover{t, start, vectors, noise, now.values, i, s});
-          }
-        }
-        before.waits = false;
-      } else if (before.waits) {
-        flush(before);
-      }
       for (; i + kLanes <= size; i += kLanes) {
-        move_element(t, start + i, vectors, noise ? noise + i : nullptr, now.values);
+        move_element(t, start + i, vectors, noise ? noise + i : nullptr, values);
       }
       for (; i < size; ++i) {
-        move_element(t, start + i, t.constants, noise ? noise + i : nullptr, now.values);
+        move_element(t, start + i, t.constants, noise ? noise + i : nullptr, values);
       }
-      finish(t, unit, size, now);
+      store_states(t, unit, size, values);
     }
-    flush(pendings[(end - 1) & 1]);
   }
 
   template <class V>

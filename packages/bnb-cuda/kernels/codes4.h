@@ -11,26 +11,26 @@ namespace bnb_gpu {
 // Constant memory, so that an index known at run time costs no copy of the table.
 namespace tables4 {
 static __constant__ float kValues[2][16] = {{BNB_NF4_VALUES}, {BNB_FP4_VALUES}};
-static __constant__ float kMidpoints[2][15] = {{BNB_NF4_MIDPOINTS}, {BNB_FP4_MIDPOINTS}};
-static __constant__ uint8_t kOrder[2][16] = {{BNB_NF4_ORDER}, {BNB_FP4_ORDER}};
-constexpr float kFp4Midpoints[15] = {BNB_FP4_MIDPOINTS};
-constexpr unsigned kFp4Order[16] = {BNB_FP4_ORDER};
+static __constant__ float kBoundaries[2][15] = {{BNB_NF4_GPU_BOUNDARIES}, {BNB_FP4_GPU_BOUNDARIES}};
+static __constant__ uint8_t kOrder[2][16] = {{BNB_NF4_GPU_ORDER}, {BNB_FP4_GPU_ORDER}};
+constexpr float kFp4Boundaries[15] = {BNB_FP4_GPU_BOUNDARIES};
+constexpr unsigned kFp4Order[16] = {BNB_FP4_GPU_ORDER};
 }  // namespace tables4
 
 template <int kType>
 struct Tables4 {
   __device__ static float value(int code) { return tables4::kValues[kType][code]; }
-  __device__ static float midpoint(int rank) { return tables4::kMidpoints[kType][rank]; }
+  __device__ static float boundary(int rank) { return tables4::kBoundaries[kType][rank]; }
   __device__ static unsigned code(int rank) { return tables4::kOrder[kType][rank]; }
 };
 
 // Finds the code of a scaled value in [-1, 1] with one table look-up and one comparison: the same
-// result as bnb::rank_4bit on the midpoints.
+// result as bnb::rank_4bit on the boundaries of GPUs. NaN gets code 0.
 //
-// The value is rounded to a grid of 31 cells, narrower than the distance of any two midpoints, so each
-// cell holds at most one midpoint; its entry has that midpoint and the codes on either side. A cell
-// knows midpoints a little beyond its border, too, which makes the rounding at the border harmless.
-// FP4 has three midpoints around zero in one cell; two comparisons more decide there.
+// The value is rounded to a grid of 31 cells, narrower than the distance of any two boundaries, so each
+// cell holds at most one of them; its entry has that boundary and the codes on either side. A cell
+// knows boundaries a little beyond its border, too, which makes the rounding at the border harmless.
+// FP4 has three boundaries around zero in one cell; two comparisons more decide there.
 template <int kType>
 struct Encoder4 {
   static constexpr int kCells = 32;
@@ -48,14 +48,14 @@ struct Encoder4 {
       const float low = (cell - 0.5f) / kScale - 1e-4f, high = (cell + 0.5f) / kScale + 1e-4f;
       int rank = 0;
       for (int k = 0; k < 15; ++k) {
-        rank += Tables4<kType>::midpoint(k) < low;
+        rank += Tables4<kType>::boundary(k) < low;
       }
       if (kTiny && cell == 0) {
         rank = 7;
       }
-      const bool crossed = rank < 15 && Tables4<kType>::midpoint(rank < 15 ? rank : 14) <= high;
+      const bool crossed = rank < 15 && Tables4<kType>::boundary(rank < 15 ? rank : 14) <= high;
       const unsigned below = Tables4<kType>::code(rank), above = Tables4<kType>::code(crossed ? rank + 1 : rank);
-      shared[i] = make_uint2(bnb::bits_of(crossed ? Tables4<kType>::midpoint(rank) : 2.0f), below | above << 16);
+      shared[i] = make_uint2(bnb::bits_of(crossed ? Tables4<kType>::boundary(rank) : 2.0f), below | above << 16);
     }
   }
 
@@ -64,21 +64,21 @@ struct Encoder4 {
     const uint2 entry = cells[cell];
     unsigned code = scaled > bnb::float_of(entry.x) ? entry.y >> 16 : entry.y & 0xffffu;
     if (kTiny && cell == 0) {
-      constexpr float kNegative = tables4::kFp4Midpoints[6], kPositive = tables4::kFp4Midpoints[8];
+      constexpr float kNegative = tables4::kFp4Boundaries[6], kPositive = tables4::kFp4Boundaries[8];
       constexpr unsigned kBelow = tables4::kFp4Order[6], kAbove = tables4::kFp4Order[9];
       code = scaled <= kNegative ? kBelow : code;
       code = scaled > kPositive ? kAbove : code;
     }
-    return code;
+    return scaled == scaled ? code : 0u;
   }
 
-  // For values that need not be finite.
+  // For values beyond [-1, 1], as in a block whose absmax has no finite reciprocal.
   __device__ static unsigned any(float scaled) {
     int rank = 0;
     for (int k = 0; k < 15; ++k) {
-      rank += !(scaled <= Tables4<kType>::midpoint(k));
+      rank += scaled > Tables4<kType>::boundary(k);
     }
-    return Tables4<kType>::code(rank);
+    return scaled == scaled ? Tables4<kType>::code(rank) : 0u;
   }
 };
 

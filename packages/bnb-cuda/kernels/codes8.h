@@ -42,7 +42,8 @@ class Encoder8 {
       float boundary = bnb::float_of(0x7f800000u);
       if (i + 1 < code_size) {
         boundary = bnb::midpoint_8bit(code[i], code[i + 1]);
-        if (i % 2 == 1) {
+        // Of two equal values the lower code serves.
+        if (i % 2 == 1 && code[i] != code[i + 1]) {
           boundary = float_below(boundary);
         }
       }

@@ -32,7 +32,7 @@ __device__ __forceinline__ unsigned largest_magnitude(const Vector<T, kPerLane>&
   unsigned largest = 0;
 #pragma unroll
   for (int i = 0; i < kPerLane; ++i) {
-    largest = max(largest, bnb::magnitude_bits(to_float(values.values[i])));
+    largest = max(largest, bnb::magnitude_bits_or_zero(to_float(values.values[i])));
   }
   return largest;
 }
@@ -49,33 +49,19 @@ __device__ __forceinline__ void store_codes(uint8_t* packed, int64_t begin, int6
 }
 
 template <class T, int kType>
-__device__ __forceinline__ unsigned encode(const Vector<T, kPerLane>& values, unsigned absmax_bits, bool partial,
+__device__ __forceinline__ unsigned encode(const Vector<T, kPerLane>& values, unsigned absmax_bits,
                                            const Encoder4<kType>& encoder) {
-  const float absmax = bnb::float_of(absmax_bits);
-  const float floored = bnb::clamp_absmax_4bit(absmax);
+  const float inverse = 1.0f / bnb::float_of(absmax_bits);
+  // The reciprocal of a subnormal number may be infinite. That of zero is, too, but it makes NaN.
+  const bool safe = absmax_bits == 0 || absmax_bits >= 0x00800000u;
   unsigned word = 0;
-  if (absmax_bits < 0x7f800000u) {
-    const float inverse = 1.0f / floored;
 #pragma unroll
-    for (int i = 0; i < kPerLane; ++i) {
-      const float value = to_float(values.values[i]);
-      // A partial last block is divided; see the reference.
-      const unsigned code = encoder(partial ? value / floored : value * inverse);
-      word |= code << (i % 2 == 0 ? 4 * i + 4 : 4 * i - 4);
-    }
-    return word;
-  }
   for (int i = 0; i < kPerLane; ++i) {
-    const float value = to_float(values.values[i]);
-    const float scaled = partial ? value / absmax : value * (1.0f / absmax);
-    word |= Encoder4<kType>::any(scaled) << (i % 2 == 0 ? 4 * i + 4 : 4 * i - 4);
+    const float scaled = to_float(values.values[i]) * inverse;
+    const unsigned code = safe ? encoder(scaled) : Encoder4<kType>::any(scaled);
+    word |= code << (i % 2 == 0 ? 4 * i + 4 : 4 * i - 4);
   }
   return word;
-}
-
-__device__ __forceinline__ float stored_absmax(unsigned bits, bool partial) {
-  const float absmax = bnb::float_of(bits);
-  return partial ? bnb::clamp_absmax_4bit(absmax) : absmax;
 }
 
 // Blocks of kBlock = 32 ... 256 values, each in kBlock / 8 lanes.
@@ -88,7 +74,6 @@ __global__ void __launch_bounds__(kThreads)
   Encoder4<kType>::build(cells);
   __syncthreads();
   const Encoder4<kType> encoder{cells};
-  const int64_t full = count / kBlock;
   const int lane = threadIdx.x % kLanes, group = threadIdx.x / kLanes;
   for (int64_t tile = static_cast<int64_t>(blockIdx.x) * kTile; tile < count;
        tile += static_cast<int64_t>(gridDim.x) * kTile) {
@@ -103,10 +88,9 @@ __global__ void __launch_bounds__(kThreads)
       const int64_t first = begin + u * kPerGroup, block = first / kBlock;
       const unsigned bits = group_max<kBlock / kPerLane>(largest_magnitude(values[u]));
       if (first < count) {
-        const bool partial = block >= full;
-        store_codes(packed, first, count, encode<T, kType>(values[u], bits, partial, encoder));
+        store_codes(packed, first, count, encode<T, kType>(values[u], bits, encoder));
         if (first % kBlock == 0) {
-          absmax[block] = stored_absmax(bits, partial);
+          absmax[block] = bnb::float_of(bits);
         }
       }
     }
@@ -122,7 +106,6 @@ __global__ void __launch_bounds__(512)
   __shared__ unsigned largest[512 / kLanes];
   Encoder4<kType>::build(cells);
   const Encoder4<kType> encoder{cells};
-  const int64_t full = count / kBlock;
   const int lane = threadIdx.x % kLanes, group = threadIdx.x / kLanes;
   constexpr int kTile = 512 * kPerLane;
   for (int64_t tile = static_cast<int64_t>(blockIdx.x) * kTile; tile < count;
@@ -140,11 +123,9 @@ __global__ void __launch_bounds__(512)
       bits = max(bits, largest[group / kGroups * kGroups + g]);
     }
     if (first < count) {
-      const int64_t block = first / kBlock;
-      const bool partial = block >= full;
-      store_codes(packed, first, count, encode<T, kType>(values, bits, partial, encoder));
+      store_codes(packed, first, count, encode<T, kType>(values, bits, encoder));
       if (first % kBlock == 0) {
-        absmax[block] = stored_absmax(bits, partial);
+        absmax[first / kBlock] = bnb::float_of(bits);
       }
     }
   }
@@ -156,26 +137,25 @@ __global__ void __launch_bounds__(kThreads)
     quantize4_any(const T* __restrict__ x, int64_t count, int64_t blocksize, uint8_t* __restrict__ packed,
                   float* __restrict__ absmax) {
   __shared__ unsigned scratch[kLanes];
-  const int64_t blocks = (count + blocksize - 1) / blocksize, full = count / blocksize;
+  const int64_t blocks = (count + blocksize - 1) / blocksize;
   for (int64_t block = blockIdx.x; block < blocks; block += gridDim.x) {
-    const int64_t begin = block * blocksize, end = block < full ? begin + blocksize : count;
+    const int64_t begin = block * blocksize, end = begin + blocksize < count ? begin + blocksize : count;
     unsigned bits = 0;
     for (int64_t i = begin + threadIdx.x; i < end; i += blockDim.x) {
-      bits = max(bits, bnb::magnitude_bits(to_float(x[i])));
+      bits = max(bits, bnb::magnitude_bits_or_zero(to_float(x[i])));
     }
     bits = block_max(bits, scratch);
-    const bool partial = block >= full;
-    const float floored = bnb::clamp_absmax_4bit(bnb::float_of(bits)), inverse = 1.0f / floored;
+    const float inverse = 1.0f / bnb::float_of(bits);
     for (int64_t i = begin + 2 * threadIdx.x; i < end; i += 2 * blockDim.x) {
       unsigned codes[2];
       for (int k = 0; k < 2; ++k) {
         const float value = i + k < end ? to_float(x[i + k]) : 0.0f;
-        codes[k] = Encoder4<kType>::any(partial ? value / floored : value * inverse);
+        codes[k] = Encoder4<kType>::any(i + k < end ? value * inverse : 0.0f);
       }
       packed[i / 2] = bnb::pack_nibbles(codes[0], codes[1]);
     }
     if (threadIdx.x == 0) {
-      absmax[block] = stored_absmax(bits, partial);
+      absmax[block] = bnb::float_of(bits);
     }
     __syncthreads();
   }

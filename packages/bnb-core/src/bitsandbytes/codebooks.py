@@ -104,14 +104,75 @@ def code_4bit(quant_type: str, device: torch.device) -> torch.Tensor:
 def ranks_4bit(quant_type: str, device: torch.device) -> torch.Tensor:
     """The codes of a 4-bit type in ascending order of value, uint8, shared: do not write to it."""
     return _shared(
-        "rank", quant_type, device, lambda: torch.tensor(order_4bit(quant_type), dtype=torch.uint8, device=device)
+        "rank",
+        quant_type,
+        device,
+        lambda: torch.tensor(
+            order_4bit(quant_type) if follows_cpu(device) else ORDER_4BIT_GPU[quant_type],
+            dtype=torch.uint8,
+            device=device,
+        ),
     )
 
 
+#: Boundaries between the codes of a 4-bit type on GPUs: the largest float32 with the lower code. They are
+#: midpoints written with few digits, and those of FP4 are compared with magnitudes.
+_NF4_BOUNDARIES_GPU = (
+    -0.8480964303016663,
+    -0.6106328964233398,
+    -0.4599952697753906,
+    -0.33967941999435425,
+    -0.23460739850997925,
+    -0.13791173696517944,
+    -0.045525018125772476,
+    0.03979014977812767,
+    0.1202552542090416,
+    0.2035212516784668,
+    0.2920137643814087,
+    0.3893125355243683,
+    0.5016633868217468,
+    0.6427869200706482,
+    0.8614783883094788,
+)
+_FP4_BOUNDARIES_GPU = (
+    -0.8333333730697632,
+    -0.5833330750465393,
+    -0.416666716337204,
+    -0.2916666865348816,
+    -0.2083333432674408,
+    -0.0859375074505806,
+    -0.002604170236736536,
+    -1.401298464324817e-45,
+    0.0026041700039058924,
+    0.0859375,
+    0.2083333283662796,
+    0.2916666567325592,
+    0.4166666865348816,
+    0.5833330154418945,
+    0.8333333134651184,
+)
+BOUNDARIES_4BIT_GPU = {"nf4": _NF4_BOUNDARIES_GPU, "fp4": _FP4_BOUNDARIES_GPU}
+
+#: FP4 has two codes for zero. GPUs code zero as 0 and small negative numbers as 8, the CPU the other way
+#: round.
+_FP4_ORDER_GPU = (11, 10, 13, 12, 15, 14, 9, 8, 0, 1, 6, 7, 4, 5, 2, 3)
+ORDER_4BIT_GPU = {"nf4": tuple(range(16)), "fp4": _FP4_ORDER_GPU}
+
+
+def follows_cpu(device: torch.device) -> bool:
+    """Whether quantization on a device follows the rules of the CPU rather than those of GPUs."""
+    return device.type in ("cpu", "meta")
+
+
 def midpoints_4bit(quant_type: str, device: torch.device) -> torch.Tensor:
-    """The 15 float32 midpoints between neighbours of the sorted table, shared: do not write to it."""
+    """The 15 float32 boundaries between neighbours of the sorted table, shared: do not write to it.
+
+    A value on a boundary takes the lower code. On the CPU they are the midpoints.
+    """
 
     def make() -> torch.Tensor:
+        if not follows_cpu(device):
+            return torch.tensor(BOUNDARIES_4BIT_GPU[quant_type], dtype=torch.float32, device=device)
         table = code_4bit(quant_type, device)[list(order_4bit(quant_type))]
         return (table[:-1] + table[1:]) / 2
 

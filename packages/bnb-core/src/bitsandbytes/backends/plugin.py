@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
+from typing import Any
 
 import torch
 
@@ -118,6 +119,17 @@ class Plugin:
                 self._kernels = self._load()
             return self._kernels
 
+    def watch(self, called: Callable[[str], None]) -> None:
+        """Have a function told the name of an op whenever this plugin's kernel for it runs.
+
+        It works for calls whose kernels have not been looked up yet: the conformance run asks for it
+        before anything else.
+
+        Raises:
+            BackendError: the plugin is broken or incompatible.
+        """
+        self._kernels = {name: _watched(kernel, called) for name, kernel in self.kernels().items()}
+
     def settle(self) -> None:
         """Load a plugin that was pending, if its module has been imported in the meantime."""
         with self._lock:
@@ -181,6 +193,14 @@ class Plugin:
                 raise ValueError(f"it returned two kernels for {kernel.op!r}")
         self.unknown_ops = tuple(sorted(by_op.keys() - OPS.keys()))
         return {name: kernel for name, kernel in by_op.items() if name in OPS}
+
+
+def _watched(kernel: Kernel, called: Callable[[str], None]) -> Kernel:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        called(kernel.op)
+        return kernel.run(*args, **kwargs)
+
+    return replace(kernel, run=run)
 
 
 def refuse_other_api(plugin: Plugin, backend: Backend) -> None:

@@ -18,7 +18,7 @@ import click
 COMMANDS = {
     "doctor": ("bitsandbytes.cli.doctor:doctor", "Check this installation and say what mends it."),
     "inspect": ("bitsandbytes.cli.inspect:inspect", "Show what is in a (quantized) checkpoint."),
-    "plugins": ("bitsandbytes.cli.plugins:plugins", "Show the installed backends."),
+    "plugins": ("bitsandbytes.cli.plugins:plugins", "Show, check and write backends."),
     "quantize": ("bitsandbytes.cli.quantize:quantize", "Quantize a checkpoint folder."),
 }
 

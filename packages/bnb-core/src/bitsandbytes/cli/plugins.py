@@ -1,4 +1,4 @@
-"""``bnb plugins``: the installed backends."""
+"""``bnb plugins``: the installed backends; ``check`` and ``new`` have modules of their own."""
 
 from __future__ import annotations
 
@@ -7,17 +7,23 @@ from typing import Any
 import click
 from rich.text import Text
 
+from bitsandbytes.cli.check import check
+from bitsandbytes.cli.new import new
 from bitsandbytes.cli.output import console, facts, json_option, print_json, styled, table
 
 
 @click.group()
 def plugins() -> None:
-    """Show the installed backends.
+    """Show, check and write backends.
 
     Backends are found through the entry-point group `bitsandbytes.backends`. BNB_BACKENDS and
     BNB_DISABLE_BACKENDS (comma-separated names) choose which are loaded; BNB_BACKENDS_STRICT=1 makes
     every problem an error.
     """
+
+
+plugins.add_command(check)
+plugins.add_command(new)
 
 
 @plugins.command("list")

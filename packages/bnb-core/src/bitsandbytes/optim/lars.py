@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from bitsandbytes.errors import ArgumentError
-from bitsandbytes.optim.base import check_settings
+from bitsandbytes.optim.settings import check_settings
 from bitsandbytes.optim.sgd import MomentumFamily
 from bitsandbytes.optim.variants import reduced
 

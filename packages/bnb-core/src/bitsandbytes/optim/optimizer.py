@@ -7,8 +7,9 @@ from typing import Any
 
 from bitsandbytes.errors import ArgumentError
 from bitsandbytes.ops.optim_rules import RULES
-from bitsandbytes.optim.base import MockArgs, Optimizer8bit, check_settings
+from bitsandbytes.optim.base import Optimizer8bit
 from bitsandbytes.optim.overrides import GlobalOptimManager
+from bitsandbytes.optim.settings import MockArgs, check_settings
 from bitsandbytes.utils import sync_gpu
 
 __all__ = ["GlobalOptimManager", "MockArgs", "Optimizer1State", "Optimizer2State", "Optimizer8bit", "sync_gpu"]

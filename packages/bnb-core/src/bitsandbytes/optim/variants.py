@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from bitsandbytes.errors import ArgumentError
-from bitsandbytes.optim.base import check_bits
+from bitsandbytes.optim.settings import check_bits
 
 Init = Callable[..., None]
 

@@ -32,6 +32,9 @@ class Case:
     #: Judges an op that works in place: called with the arguments as they were before the call and as
     #: they are after it, both on the CPU. Replaces the comparison of results.
     judge: Callable[[Arguments, Arguments], None] | None = None
+    #: Says whether a result other than the reference's bits is as good, from the arguments, the position
+    #: of the result, the result and the reference's; for devices whose arithmetic leaves a choice.
+    alternative: Callable[[Arguments, int, torch.Tensor, torch.Tensor], bool] | None = None
 
     def arguments(self) -> Arguments:
         """The arguments, the same at each call."""

@@ -9,7 +9,13 @@ from __future__ import annotations
 
 import fnmatch
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from bitsandbytes.testing.checks import Check
+    from bitsandbytes.testing.device import DeviceUnderTest
 
 
 @dataclass(frozen=True)
@@ -44,3 +50,44 @@ class Gaps:
             if fnmatch.fnmatchcase(check, pattern):
                 return reason
         return None
+
+
+class Outcome(Enum):
+    """How a check ended."""
+
+    PASSED = "passed"
+    FAILED = "failed"
+    #: It failed, and the file of gaps says why.
+    GAP = "gap"
+    #: It passed although the file of gaps lists it.
+    STALE_GAP = "stale gap"
+
+
+@dataclass(frozen=True)
+class Result:
+    """Outcome of one check of one item."""
+
+    outcome: Outcome
+    text: str = ""
+    #: What a failed check raised.
+    error: Exception | None = None
+
+
+def run_check(check: Check, under_test: DeviceUnderTest, item: Any, gaps: Gaps) -> Result:
+    """Run a check of one item and weigh the result against the declared gaps."""
+    reason = gaps.reason(check.id_of(item))
+    try:
+        check.run(under_test, item)
+    except Exception as error:
+        if reason is None:
+            return Result(Outcome.FAILED, describe(error), error)
+        return Result(Outcome.GAP, f"{reason} ({type(error).__name__})")
+    if reason is not None:
+        return Result(Outcome.STALE_GAP, f"{check.id_of(item)} passes, but is listed as a gap: {reason}")
+    return Result(Outcome.PASSED)
+
+
+def describe(error: BaseException) -> str:
+    """Type and first line of an exception; of a failed check, what it found."""
+    lines = str(error).strip().splitlines() or [""]
+    return lines[0] if isinstance(error, AssertionError) and lines[0] else f"{type(error).__name__}: {lines[0]}"

@@ -19,7 +19,7 @@ from bitsandbytes.ops.common import FLOAT_DTYPES
 from bitsandbytes.ops.optim_rules import RULES, Hyper, update
 from bitsandbytes.ops.optim_storage import STATE_BLOCKSIZE, load_state, state_blocks
 from bitsandbytes.testing.case import Arguments, Case, name_of
-from bitsandbytes.testing.tolerances import same_bits
+from bitsandbytes.testing.tolerances import demand, same_bits
 
 #: Relative error of a float32 state, and of the statistics of an 8-bit one: some rounded operations.
 STATE_TOLERANCE = 1e-5
@@ -150,9 +150,10 @@ def update_case(rule: str, setting: Setting, size: int, dtype: torch.dtype, eigh
         judge_parameter(rule, s.hyper(), old, new)
         if eight:
             for at in (12, 13):
-                assert before[at] is None or same_bits(after[at], before[at]), "a codebook was written"
+                demand(before[at] is None or same_bits(after[at], before[at]), "a codebook was written")
         elif s.max_unorm:
             truth = step_in_float64(rule, s.hyper(), old)[2]
+            demand(truth is not None, "the rule has no norm of the update")
             assert truth is not None
             torch.testing.assert_close(after[5].double().squeeze(), truth, rtol=1e-4, atol=1e-12)
 
@@ -218,7 +219,7 @@ def step_case(
             judge_parameter(rule, s.hyper()._replace(step=steps[index]), old, new, stochastic=rounding)
         if eight:
             for at in (5, 6):
-                assert before[at] is None or same_bits(after[at], before[at]), "a codebook was written"
+                demand(before[at] is None or same_bits(after[at], before[at]), "a codebook was written")
 
     marks = [setting.id, name_of(dtype), *(["stochastic"] if rounding else [])]
     marks += [f"schedule-{name_of(schedule)}"] if schedule else []
@@ -258,7 +259,7 @@ def judge_parameter(rule: str, h: Hyper, old: Problem, new: Problem, stochastic:
     Raises:
         AssertionError: parameter, states or gradient are not what they ought to be.
     """
-    assert same_bits(new.g, old.g), "the gradient was written"
+    demand(same_bits(new.g, old.g), "the gradient was written")
     truth, states, _unorm = step_in_float64(rule, h, old)
     info = torch.finfo(old.p.dtype)
     # Half a unit in the last place, or a whole one where the direction of rounding is random.
@@ -266,7 +267,7 @@ def judge_parameter(rule: str, h: Hyper, old: Problem, new: Problem, stochastic:
     change = (truth - old.p.double()).abs()
     allowed = unit * truth.abs() + 2e-7 * old.p.double().abs() + CHANGE_TOLERANCE * change + info.smallest_normal
     error = (new.p.double() - truth).abs()
-    assert bool((error <= allowed).all()), f"parameter is off by {float(error.max()):.3g}"
+    demand(bool((error <= allowed).all()), f"parameter is off by {float(error.max()):.3g}")
     kept = idle_elements(old.g) if h.skip_zeros and new.absmax else torch.zeros_like(old.g, dtype=torch.bool)
     for position, state in enumerate(states):
         if not new.absmax:
@@ -276,9 +277,9 @@ def judge_parameter(rule: str, h: Hyper, old: Problem, new: Problem, stochastic:
             picked = (slot,) if state.dim() == 2 else ()
             codes, stats = new.states[position][picked], new.absmax[position][picked]
             before, stats_before = old.states[position][picked], old.absmax[position][picked]
-            assert torch.equal(codes[kept], before[kept]), "a block without any gradient has other codes"
+            demand(torch.equal(codes[kept], before[kept]), "a block without any gradient has other codes")
             idle = kept[::STATE_BLOCKSIZE]
-            assert torch.equal(stats[idle], stats_before[idle]), "a block without any gradient has another absmax"
+            demand(torch.equal(stats[idle], stats_before[idle]), "a block without any gradient has another absmax")
             judge_codes(state[picked], codes, stats, codebooks()[position], kept)
 
 
@@ -300,9 +301,12 @@ def judge_codes(
     fresh = ~kept[::STATE_BLOCKSIZE]
     torch.testing.assert_close(absmax[fresh], stats[fresh], rtol=STATE_TOLERANCE, atol=1e-12)
     distance = (codes.int() - search.nearest_code_8bit(scaled, qmap).int()).abs()[~kept]
-    assert int(distance.max() if distance.numel() else 0) <= 1, "a code is not the nearest one nor its neighbour"
+    demand(int(distance.max() if distance.numel() else 0) <= 1, "a code is not the nearest one nor its neighbour")
     wrong = int((distance > 0).sum())
-    assert wrong <= 1 + NEIGHBOURS * len(distance), f"{wrong} of {len(distance)} codes are a neighbour of the right one"
+    demand(
+        wrong <= 1 + NEIGHBOURS * len(distance),
+        f"{wrong} of {len(distance)} codes are a neighbour of the right one",
+    )
 
 
 def _some(tensors: Any) -> list[torch.Tensor]:

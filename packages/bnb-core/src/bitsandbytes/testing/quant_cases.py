@@ -115,6 +115,24 @@ def blockwise_cases() -> Iterator[Case]:
         yield Case("dequantize_blockwise", label, make_codes)
 
 
+def _codes_differ_at_ties(arguments: Arguments, position: int, result: torch.Tensor, wanted: torch.Tensor) -> bool:
+    """Whether int8 codes differ by one at most, and only where a value lies between two codes.
+
+    GPUs divide by absmax with an error of two units in the last place, as bitsandbytes 0.50.2 does there.
+    """
+    if result.dtype != torch.int8:
+        return False
+    A = arguments[0].double().reshape(-1, arguments[0].shape[-1])
+    threshold = arguments[1]
+    inliers = A.masked_fill(A.abs() >= threshold, 0.0) if threshold > 0 else A
+    # The second result of double quantization holds the codes by column.
+    scaled = inliers / inliers.abs().amax(dim=0 if position == 1 else 1, keepdim=True) * 127
+    at_tie = ((scaled - scaled.floor()) - 0.5).abs() < 1e-4
+    differs = (result != wanted).reshape(scaled.shape)
+    by_one = (result.short() - wanted.short()).abs().reshape(scaled.shape) <= 1
+    return bool((~differs | (at_tie & by_one)).all())
+
+
 def int8_quant_cases() -> Iterator[Case]:
     """Row-wise and double quantization with and without outliers."""
     combos = [
@@ -133,8 +151,8 @@ def int8_quant_cases() -> Iterator[Case]:
         ) -> Arguments:
             return values(kind, shape, dtype, generator), threshold
 
-        yield Case("int8_vectorwise_quant", label, make)
-        yield Case("int8_double_quant", label, make)
+        yield Case("int8_vectorwise_quant", label, make, alternative=_codes_differ_at_ties)
+        yield Case("int8_double_quant", label, make, alternative=_codes_differ_at_ties)
     for shape in ((64, 64), (5, 7), (2, 3, 8), (0, 16)):
         yield Case(
             "int8_vectorwise_dequant",

@@ -26,9 +26,9 @@ def relative_error(actual: torch.Tensor, truth: torch.Tensor) -> float:
         AssertionError: shapes differ, or NaN or infinity stand in other places.
     """
     actual, truth = actual.detach().cpu().double(), truth.detach().cpu().double()
-    assert actual.shape == truth.shape, f"shape {tuple(actual.shape)}, expected {tuple(truth.shape)}"
+    demand(actual.shape == truth.shape, f"shape {tuple(actual.shape)}, expected {tuple(truth.shape)}")
     finite = truth.isfinite()
-    assert torch.equal(actual.isfinite(), finite), "NaN or infinity in other places than in the truth"
+    demand(torch.equal(actual.isfinite(), finite), "NaN or infinity in other places than in the truth")
     difference = torch.linalg.vector_norm(torch.where(finite, actual - truth, 0.0))
     scale = torch.linalg.vector_norm(torch.where(finite, truth, 0.0))
     return float(difference / scale) if scale > 0 else float(difference)
@@ -43,3 +43,27 @@ def same_bits(actual: torch.Tensor, expected: torch.Tensor) -> bool:
         return torch.equal(actual, expected)
     equal = (actual == expected) & (actual.signbit() == expected.signbit())
     return bool((equal | (actual.isnan() & expected.isnan())).all())
+
+
+def demand(condition: bool, text: str) -> None:
+    """Raise an ``AssertionError`` that says what is wrong; unlike ``assert``, under ``python -O`` too."""
+    if not condition:
+        raise AssertionError(text)
+
+
+def demand_same_bits(actual: torch.Tensor, expected: torch.Tensor, what: str) -> None:
+    """Raise an ``AssertionError`` that says where two tensors differ."""
+    if not same_bits(actual, expected):
+        raise AssertionError(f"{what}: {describe_difference(actual, expected)}")
+
+
+def describe_difference(actual: torch.Tensor, expected: torch.Tensor) -> str:
+    """Where two tensors differ first, and how often."""
+    if actual.shape != expected.shape or actual.dtype != expected.dtype:
+        given, wanted = (f"{tensor.dtype} of shape {tuple(tensor.shape)}" for tensor in (actual, expected))
+        return f"{given}, expected {wanted}"
+    actual, expected = actual.detach().cpu().reshape(-1), expected.detach().cpu().reshape(-1)
+    different = (actual != expected) & ~(actual.isnan() & expected.isnan()) | (actual.signbit() != expected.signbit())
+    places = different.nonzero().reshape(-1)
+    first = int(places[0])
+    return f"{len(places)} of {len(expected)} differ, first at {first}: {actual[first]} instead of {expected[first]}"

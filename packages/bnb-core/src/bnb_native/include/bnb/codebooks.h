@@ -6,6 +6,7 @@
 //   BNB_<TYPE>_VALUES     the 16 values by code
 //   BNB_<TYPE>_MIDPOINTS  the 15 float32 midpoints between neighbours in ascending order of value
 //   BNB_<TYPE>_ORDER      the 16 codes in ascending order of value
+//   BNB_<TYPE>_GPU_...    the same two on GPUs, which round at other boundaries
 #pragma once
 
 // clang-format off
@@ -23,6 +24,14 @@
 #define BNB_NF4_ORDER \
   0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15
 
+#define BNB_NF4_GPU_BOUNDARIES \
+  -0.84809643f, -0.610632896f, -0.45999527f, -0.33967942f, -0.234607399f, -0.137911737f, \
+  -0.0455250181f, 0.0397901498f, 0.120255254f, 0.203521252f, 0.292013764f, 0.389312536f, \
+  0.501663387f, 0.64278692f, 0.861478388f
+
+#define BNB_NF4_GPU_ORDER \
+  0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15
+
 #define BNB_FP4_VALUES \
   0.0f, 0.00520833349f, 0.666666687f, 1.0f, 0.333333343f, 0.5f, 0.166666672f, 0.25f, 0.0f, \
   -0.00520833349f, -0.666666687f, -1.0f, -0.333333343f, -0.5f, -0.166666672f, -0.25f
@@ -34,3 +43,11 @@
 
 #define BNB_FP4_ORDER \
   11, 10, 13, 12, 15, 14, 9, 0, 8, 1, 6, 7, 4, 5, 2, 3
+
+#define BNB_FP4_GPU_BOUNDARIES \
+  -0.833333373f, -0.583333075f, -0.416666716f, -0.291666687f, -0.208333343f, -0.0859375075f, \
+  -0.00260417024f, -1.40129846e-45f, 0.00260417f, 0.0859375f, 0.208333328f, 0.291666657f, \
+  0.416666687f, 0.583333015f, 0.833333313f
+
+#define BNB_FP4_GPU_ORDER \
+  11, 10, 13, 12, 15, 14, 9, 8, 0, 1, 6, 7, 4, 5, 2, 3
