@@ -398,6 +398,16 @@ def build(session: nox.Session) -> None:
 
 
 @nox.session
+def docs(session: nox.Session) -> None:
+    """The documentation as a site in ``.nox/site``; a link that leads nowhere is an error."""
+    environment = Environment(session, "docs")
+    environment.install_groups("docs")
+    site = STATE / "site"
+    environment.run("-m", "sphinx", "--fail-on-warning", "--keep-going", "-E", "-q", "-c", "docs", ROOT, site)
+    session.log(f"{site.relative_to(ROOT)}/index.html")
+
+
+@nox.session
 def bench(session: nox.Session) -> None:
     """Benchmarks of the CPU next to torch and the upstream release; after ``--``, names of scripts and options."""
     names = [argument for argument in session.posargs if argument.endswith(".py")]

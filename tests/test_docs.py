@@ -1,6 +1,9 @@
 """Links and commands in the documentation lead somewhere."""
 
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -51,10 +54,27 @@ def test_sessions_exist(page):
     assert set(SESSION.findall((ROOT / page).read_text())) <= sessions
 
 
-def test_every_page_of_the_documentation_is_in_its_index():
-    index = (ROOT / "docs" / "README.md").read_text()
+def test_every_page_of_the_documentation_is_in_the_index_of_its_folder():
     pages = [page for page in PAGES if page.parts[0] == "docs" and page.name != "README.md"]
-    assert not [str(page) for page in pages if f"({page.relative_to('docs').as_posix()})" not in index]
+    missing = [page for page in pages if f"({page.name})" not in (ROOT / page.parent / "README.md").read_text()]
+    assert not list(map(str, missing))
+
+
+def test_the_reference_of_the_ops_is_that_of_the_contracts():
+    command = [sys.executable, str(ROOT / "tools" / "gen_op_docs.py"), "--check"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+
+
+def test_a_stale_reference_is_noticed(tmp_path):
+    shutil.copytree(ROOT / "docs" / "ops", tmp_path / "ops")
+    with (tmp_path / "ops" / "gemm_4bit.md").open("a") as page:
+        page.write("More.\n")
+    (tmp_path / "ops" / "gone.md").write_text("# gone\n")
+    command = [sys.executable, str(ROOT / "tools" / "gen_op_docs.py"), "--check", "--folder", str(tmp_path / "ops")]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 1
+    assert "gemm_4bit.md, gone.md; run: python tools/gen_op_docs.py" in result.stderr
 
 
 def runnable_blocks():

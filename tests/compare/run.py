@@ -177,7 +177,8 @@ def native_ops(python: str) -> set[str]:
     command = [str(Path(python).with_name("bnb")), "plugins", "show", "cpu", "--json"]
     shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if shown.returncode:
-        raise click.ClickException(f"the native backend is not usable: {shown.stdout or shown.stderr}")
+        last = (shown.stdout or shown.stderr).strip().splitlines()[-1:]
+        raise click.ClickException(f"the native backend of {python} is not usable: {' '.join(last)}")
     return {op for op, where in json.loads(shown.stdout)["ops"].items() if where == "native"}
 
 
@@ -282,6 +283,7 @@ def main(ours: str, theirs: str, report: Path | None, backend: str, only: tuple[
     """Compare bytes and numbers of two environments."""
     console = Console(width=None if sys.stdout.isatty() else 140)
     peer, mine = Side("release", theirs), our_sides(ours, backend)
+    native = native_ops(ours) if any(side.name == "native" for side in mine) else set()
     with tempfile.TemporaryDirectory(prefix="bnb-compare-") as scratch:
         folder = Path(scratch)
         cases = first_round(tables_of(peer, folder))
@@ -296,7 +298,7 @@ def main(ours: str, theirs: str, report: Path | None, backend: str, only: tuple[
     for side in (peer, *mine):
         about = f"bitsandbytes {side.about.get('version')}, torch {side.about.get('torch')}"
         console.print(f"{side.name}: {about}, {side.seconds:.0f} s, {side.about.get('file')}", highlight=False)
-    print_table(console, outcomes, native_ops(ours) if any(side.name == "native" for side in mine) else set())
+    print_table(console, outcomes, native)
     print_reasons(console, outcomes)
     print_unexplained(console, outcomes)
     if report is not None:

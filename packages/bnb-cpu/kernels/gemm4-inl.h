@@ -4,111 +4,11 @@
 #pragma once
 
 #include "gemm4_dot-inl.h"
+#include "gemm4_operands-inl.h"
 #include "table.h"
 
 namespace bnb_cpu {
 namespace BNB_ISA {
-
-// --- operands in words ---------------------------------------------------------------------------------
-
-// Decoded weights and activations as float.
-struct FloatOperands {
-  using Product = FloatProduct;
-  using Word = float;
-  static constexpr int kPerWord = 1;
-
-  template <class T>
-  static void set(Word* words, int64_t, T value) {
-    words[0] = bnb::to_float(value);
-  }
-
-  // Elements [k, k + count) of a row of the weight, zeros up to whole groups.
-  static void decode(const Weight4& weight, const Table16& table, int64_t row, int64_t k, int64_t count, Word* out) {
-    decode_row(weight, table, row, k, count, out);
-  }
-
-  // The same for the two rows that share words; here, one.
-  static void decode_lanes(const Weight4& weight, const Table16& table, int64_t step, int64_t k, int64_t count,
-                           Word* out) {
-    decode_row(weight, table, step, k, count, out);
-  }
-};
-
-#ifdef BNB_AVX512BF16
-struct BFloat16Product {
-  using Word = int32_t;
-  using Sum = F32;
-  static F32 zero() { return splat(0.0f); }
-  static F32 load(const Word* p) { return BNB_ISA::load(reinterpret_cast<const float*>(p)); }
-  static void store(Word* p, F32 a) { BNB_ISA::store(reinterpret_cast<float*>(p), a); }
-  static F32 step(F32 sum, const Word* lanes, Word word) {
-    return {_mm512_dpbf16_ps(sum.v, reinterpret_cast<__m512bh>(_mm512_loadu_si512(lanes)),
-                             reinterpret_cast<__m512bh>(_mm512_set1_epi32(word)))};
-  }
-};
-
-// Both as pairs of bfloat16, the weight rounded from its product with absmax, as a layer with a
-// dequantized weight has it. Subnormal numbers count as zero.
-struct BFloat16Operands {
-  using Product = BFloat16Product;
-  using Word = int32_t;
-  static constexpr int kPerWord = 2;
-
-  static void set(Word* words, int64_t part, bnb::BFloat16 value) {
-    memcpy(reinterpret_cast<char*>(words) + 2 * part, &value, sizeof value);
-  }
-
-  static __m512i round(F32 low, F32 high) {
-    return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high.v, low.v));
-  }
-
-  static void decode(const Weight4& weight, const Table16& table, int64_t row, int64_t k, int64_t count, Word* out) {
-    char* const bytes = reinterpret_cast<char*>(out);
-    if (weight.grouped_order) {
-      decode_grouped(weight, table, row, k, count, [bytes](int64_t offset, F32 even, F32 odd) {
-        _mm512_storeu_si512(bytes + 2 * offset, round(even, odd));
-      });
-      return;
-    }
-    float values[kChunk];
-    decode_row(weight, table, row, k, count, values);
-    for (int64_t at = 0; at < count; at += 2 * kLanes) {
-      _mm512_storeu_si512(bytes + 2 * at, round(load(values + at), load(values + at + kLanes)));
-    }
-  }
-
-  // A word holds the same element of two rows.
-  static void decode_lanes(const Weight4& weight, const Table16& table, int64_t step, int64_t k, int64_t count,
-                           Word* out) {
-    float first[kChunk], second[kChunk];
-    const int64_t row = 2 * step, padded = round_up(count, kGroup);
-    decode_row(weight, table, row, k, count, first);
-    if (row + 1 < weight.rows) {
-      decode_row(weight, table, row + 1, k, count, second);
-    } else {
-      memset(second, 0, static_cast<size_t>(padded) * sizeof(float));
-    }
-    const __m512i low_and_high = _mm512_set1_epi32(16 << 16);
-    const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-    const __m512i interleave = _mm512_add_epi32(low_and_high, _mm512_or_si512(lanes, _mm512_slli_epi32(lanes, 16)));
-    for (int64_t at = 0; at < padded; at += kLanes) {
-      const __m512i words = round(load(first + at), load(second + at));
-      _mm512_storeu_si512(out + at, _mm512_permutexvar_epi16(interleave, words));
-    }
-  }
-};
-#endif
-
-template <class T>
-struct OperandsOf {
-  using type = FloatOperands;
-};
-#ifdef BNB_AVX512BF16
-template <>
-struct OperandsOf<bnb::BFloat16> {
-  using type = BFloat16Operands;
-};
-#endif
 
 // --- activations times the transposed weight -------------------------------------------------------------
 
@@ -127,7 +27,7 @@ void pack_activations(const T* a, int64_t width, bool grouped_order, int64_t lan
     for (int64_t lane = 0; lane < lane_count; ++lane) {
       const T* from = a + lane * width + group;
       for (int64_t k = 0; k < count; ++k) {
-        const int64_t place = group - first + (grouped_order ? grouped(k) : k);
+        const int64_t place = group - first + (grouped_order ? Operands::place(k) : k);
         Operands::set(words + place / kPerWord * lanes + lane, place % kPerWord, from[k]);
       }
     }

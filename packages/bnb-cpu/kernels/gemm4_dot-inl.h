@@ -10,32 +10,31 @@ namespace BNB_ISA {
 // Most activation rows that are multiplied in one pass over the weight.
 constexpr int kDotRows = kLanes == 16 ? 8 : kLanes == 1 ? 2 : 4;
 
-// Activations as floats, zeros up to whole groups: grouped order, or plain where the weight is decoded so.
-template <class T>
-void arrange_floats(const T* from, int64_t width, bool grouped_order, float* out) {
-  const int64_t whole = width / kGroup * kGroup;
-  if (!grouped_order) {
-    int64_t k = 0;
-    for (; k + kLanes <= width; k += kLanes) {
-      store(out + k, load(from + k));
-    }
-    for (; k < width; ++k) {
-      out[k] = bnb::to_float(from[k]);
-    }
-    memset(out + width, 0, static_cast<size_t>(round_up(width, kGroup) - width) * sizeof(float));
-    return;
-  }
-  for (int64_t k = 0; k < whole; k += kGroup) {
-    for (int64_t lane = 0; lane < kLanes; ++lane) {
-      for (int i = 0; i < 8; ++i) {
-        out[k + i * kLanes + lane] = bnb::to_float(from[k + 8 * lane + (i ^ 1)]);
+// Activations lie in memory as they are used: the vectors of element set 0 of all rows, then those of set 1, and
+// so on. Row m of kActs rows, zeros up to whole groups.
+template <int kActs, class T>
+void arrange_floats(const T* from, int64_t width, int m, float* out) {
+  for (int64_t k = 0; k < width; k += kGroup) {
+    float* const to = out + k * kActs + m * kLanes;
+    const int64_t lanes = min_of(kGroup, width - k) / 8;
+    for (int i = 0; i < 8; ++i) {
+      for (int64_t lane = 0; lane < lanes; ++lane) {
+        to[i * kActs * kLanes + lane] = bnb::to_float(from[k + 8 * lane + (i ^ 1)]);
+      }
+      for (int64_t lane = lanes; lane < kLanes; ++lane) {
+        to[i * kActs * kLanes + lane] = 0.0f;
       }
     }
   }
-  if (whole < width) {
-    memset(out + whole, 0, kGroup * sizeof(float));
-    for (int64_t k = whole; k < width; ++k) {
-      out[grouped(k)] = bnb::to_float(from[k]);
+}
+
+// The same in plain order.
+template <int kActs, class T>
+void arrange_plain(const T* from, int64_t width, int m, float* out) {
+  for (int64_t k = 0; k < width; k += kLanes) {
+    float* const to = out + k * kActs + m * kLanes;
+    for (int64_t lane = 0; lane < kLanes; ++lane) {
+      to[lane] = k + lane < width ? bnb::to_float(from[k + lane]) : 0.0f;
     }
   }
 }
@@ -45,19 +44,30 @@ void arrange_floats(const T* from, int64_t width, bool grouped_order, float* out
 struct FloatDot {
   using Word = float;
 
-  static int64_t words(int64_t elements) { return elements; }
+  // Rows of the weight that are multiplied together, for as many sums as there are registers.
+  template <int kActs>
+  static constexpr int weights() {
+    return kActs <= 2 ? 4 : kActs <= 4 || kLanes == 16 ? 2 : 1;
+  }
 
-  template <class T>
-  static void arrange(const T* from, int64_t width, Word* out) {
-    arrange_floats(from, width, true, out);
+  template <int kActs, class T>
+  static void arrange(const T* from, int64_t width, int m, Word* out) {
+    arrange_floats<kActs>(from, width, m, out);
   }
 
   explicit FloatDot(const float* values) : table(values) {}
 
+  // What a group is scaled with; in the second form, only the first `dwords` lanes are there.
+  using Factor = F32;
+  Factor factor(const Scales4& scales, int64_t element) const { return scales.of_group(element); }
+  Factor factor(const Scales4& scales, int64_t element, int64_t dwords) const {
+    return float_of(bits_of(scales.of_group(element)) & lane_mask(dwords));
+  }
+
   // Adds the products of one group, of kWeights rows with kActs rows of activations.
   template <int kWeights, int kActs>
-  void group(F32 (&sums)[kWeights][kActs], I32 (&codes)[kWeights], const F32 (&scales)[kWeights], const Word* acts,
-             int64_t stride) const {
+  void group(F32 (&sums)[kWeights][kActs], I32 (&codes)[kWeights], const Factor (&scales)[kWeights],
+             const Word* acts) const {
     if constexpr (kActs == 1) {
       // The scales go to the sum of the group: an eighth of the multiplications.
       F32 parts[kWeights];
@@ -86,7 +96,7 @@ struct FloatDot {
           codes[r] = shift_right<4>(codes[r]);
 #pragma GCC unroll 8
           for (int m = 0; m < kActs; ++m) {
-            sums[r][m] = fma(value, load(acts + m * stride + i * kLanes), sums[r][m]);
+            sums[r][m] = fma(value, load(acts + (i * kActs + m) * kLanes), sums[r][m]);
           }
         }
       }
@@ -97,29 +107,37 @@ struct FloatDot {
 };
 
 #ifdef BNB_AVX512BF16
-// bfloat16 activations: the table is rounded to bfloat16, which is what rounding each weight to the dtype of
-// the activations amounts to, and two products are added at a time in float.
+// bfloat16 activations: the table is rounded to bfloat16, which errs as rounding each weight to the dtype of the
+// activations does, and two products are added at a time in float.
 struct BFloat16Dot {
   using Word = uint16_t;
 
-  static int64_t words(int64_t elements) { return elements; }
+  template <int kActs>
+  static constexpr int weights() {
+    return kActs <= 2 ? 4 : kActs <= 4 ? 2 : 1;
+  }
 
   // Vector i of a group has, in word w, element 4 * w + (i ^ 1).
-  static void arrange(const bnb::BFloat16* from, int64_t width, Word* out) {
-    const int64_t whole = width / kGroup * kGroup;
-    for (int64_t k = 0; k < whole; k += kGroup) {
-      for (int w = 0; w < 32; ++w) {
-        for (int i = 0; i < 4; ++i) {
-          out[k + i * 32 + w] = from[k + 4 * w + (i ^ 1)].bits;
+  template <int kActs>
+  static void arrange(const bnb::BFloat16* from, int64_t width, int m, Word* out) {
+    for (int64_t k = 0; k < width; k += kGroup) {
+      Word* const to = out + k * kActs + m * 32;
+      const int64_t words = min_of(kGroup, width - k) / 4;
+      for (int i = 0; i < 4; ++i) {
+        for (int64_t w = 0; w < words; ++w) {
+          to[i * kActs * 32 + w] = from[k + 4 * w + (i ^ 1)].bits;
+        }
+        for (int64_t w = words; w < 32; ++w) {
+          to[i * kActs * 32 + w] = 0;
         }
       }
     }
-    if (whole < width) {
-      memset(out + whole, 0, kGroup * sizeof(Word));
-      for (int64_t k = 0; k < width - whole; ++k) {
-        out[whole + ((k % 4) ^ 1) * 32 + k / 4] = from[whole + k].bits;
-      }
-    }
+  }
+
+  using Factor = F32;
+  Factor factor(const Scales4& scales, int64_t element) const { return scales.of_group(element); }
+  Factor factor(const Scales4& scales, int64_t element, int64_t dwords) const {
+    return float_of(bits_of(scales.of_group(element)) & lane_mask(dwords));
   }
 
   explicit BFloat16Dot(const float* values) {
@@ -131,8 +149,8 @@ struct BFloat16Dot {
   }
 
   template <int kWeights, int kActs>
-  void group(F32 (&sums)[kWeights][kActs], I32 (&codes)[kWeights], const F32 (&scales)[kWeights], const Word* acts,
-             int64_t stride) const {
+  void group(F32 (&sums)[kWeights][kActs], I32 (&codes)[kWeights], const Factor (&scales)[kWeights],
+             const Word* acts) const {
     F32 parts[kWeights][kActs];
     for (int r = 0; r < kWeights; ++r) {
       for (int m = 0; m < kActs; ++m) {
@@ -148,7 +166,7 @@ struct BFloat16Dot {
         codes[r].v = _mm512_srli_epi16(codes[r].v, 4);
 #pragma GCC unroll 8
         for (int m = 0; m < kActs; ++m) {
-          const __m512i act = _mm512_loadu_si512(acts + m * stride + i * 32);
+          const __m512i act = _mm512_loadu_si512(acts + (i * kActs + m) * 32);
           parts[r][m].v = _mm512_dpbf16_ps(parts[r][m].v, reinterpret_cast<__m512bh>(value),
                                            reinterpret_cast<__m512bh>(act));
         }
@@ -165,13 +183,69 @@ struct BFloat16Dot {
 
   __m512i table;
 };
+
+// The same for more rows of activations, where scaling the table costs less than scaling the sums: the weight is
+// rounded from its product with absmax. Each half of a group lies in one block.
+struct ScaledBFloat16Dot {
+  using Word = uint16_t;
+
+  template <int kActs>
+  static constexpr int weights() {
+    return 2;
+  }
+
+  template <int kActs>
+  static void arrange(const bnb::BFloat16* from, int64_t width, int m, Word* out) {
+    BFloat16Dot::arrange<kActs>(from, width, m, out);
+  }
+
+  static bool takes(const Weight4& weight) { return weight.blocksize >= kGroup / 2 && weight.width % (kGroup / 2) == 0; }
+
+  explicit ScaledBFloat16Dot(const float* values) : table(values) {}
+
+  // The table scaled for both halves. A half that is not there gets a table of zeros.
+  using Factor = __m512i;
+  Factor factor(const Scales4& scales, int64_t element) const {
+    return scaled(scales.of_element(element), scales.of_element(element + kGroup / 2));
+  }
+  Factor factor(const Scales4& scales, int64_t element, int64_t) const {
+    return _mm512_maskz_mov_epi32(0x00ff, scaled(scales.of_element(element), 0.0f));
+  }
+
+  template <int kWeights, int kActs>
+  void group(F32 (&sums)[kWeights][kActs], I32 (&codes)[kWeights], const Factor (&tables)[kWeights],
+             const Word* acts) const {
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+#pragma GCC unroll 4
+      for (int r = 0; r < kWeights; ++r) {
+        const __m512i value = lookup_halves(codes[r].v, tables[r]);
+        codes[r].v = _mm512_srli_epi16(codes[r].v, 4);
+#pragma GCC unroll 8
+        for (int m = 0; m < kActs; ++m) {
+          const __m512i act = _mm512_loadu_si512(acts + (i * kActs + m) * 32);
+          sums[r][m].v = _mm512_dpbf16_ps(sums[r][m].v, reinterpret_cast<__m512bh>(value),
+                                          reinterpret_cast<__m512bh>(act));
+        }
+      }
+    }
+  }
+
+  __m512i scaled(float low, float high) const {
+    return round_words({_mm512_mul_ps(table.entries, _mm512_set1_ps(low))},
+                       {_mm512_mul_ps(table.entries, _mm512_set1_ps(high))});
+  }
+
+  Table16 table;
+};
 #endif
+
 
 // Adds the products over elements [k, k + count) of kWeights weight rows, in grouped order, to
 // sums[r * kActs + m].
 template <class Dot, int kWeights, int kActs>
-BNB_FN void dot_chunk(const Dot& dot, const Weight4& weight, int64_t row, int64_t k, int64_t count,
-                      const typename Dot::Word* acts, int64_t stride, F32* totals) {
+void dot_chunk(const Dot& dot, const Weight4& weight, int64_t row, int64_t k, int64_t count,
+               const typename Dot::Word* acts, F32* totals) {
   F32 sums[kWeights][kActs];
   Scales4 scales[kWeights];
   float buffers[kWeights][kMaxScales + kLanes];
@@ -188,25 +262,24 @@ BNB_FN void dot_chunk(const Dot& dot, const Weight4& weight, int64_t row, int64_
   const int64_t whole = count / kGroup * kGroup;
   for (int64_t at = 0; at < whole; at += kGroup) {
     I32 codes[kWeights];
-    F32 factors[kWeights];
+    typename Dot::Factor factors[kWeights];
 #pragma GCC unroll 4
     for (int r = 0; r < kWeights; ++r) {
       codes[r] = load_dwords(from[r] + at / 2);
-      factors[r] = scales[r].of_group((row + r) * weight.width + k + at);
+      factors[r] = dot.factor(scales[r], (row + r) * weight.width + k + at);
     }
-    dot.template group<kWeights, kActs>(sums, codes, factors, acts + k + at, stride);
+    dot.template group<kWeights, kActs>(sums, codes, factors, acts + (k + at) * kActs);
   }
   if (whole < count) {
     // Lanes beyond the row hold code 0, activations of zero and a scale of zero.
     const int64_t dwords = (count - whole) / 8;
-    const I32 mask = lane_mask(dwords);
     I32 codes[kWeights];
-    F32 factors[kWeights];
+    typename Dot::Factor factors[kWeights];
     for (int r = 0; r < kWeights; ++r) {
       codes[r] = load_dwords(from[r] + whole / 2, dwords);
-      factors[r] = float_of(bits_of(scales[r].of_group((row + r) * weight.width + k + whole)) & mask);
+      factors[r] = dot.factor(scales[r], (row + r) * weight.width + k + whole, dwords);
     }
-    dot.template group<kWeights, kActs>(sums, codes, factors, acts + k + whole, stride);
+    dot.template group<kWeights, kActs>(sums, codes, factors, acts + (k + whole) * kActs);
   }
 #pragma GCC unroll 4
   for (int r = 0; r < kWeights; ++r) {
@@ -219,8 +292,7 @@ BNB_FN void dot_chunk(const Dot& dot, const Weight4& weight, int64_t row, int64_
 
 // The same for a weight that is decoded in plain order.
 template <int kActs>
-void dot_row_plain(const Weight4& weight, const Table16& table, int64_t row, const float* acts, int64_t stride,
-                   float* out) {
+void dot_row_plain(const Weight4& weight, const Table16& table, int64_t row, const float* acts, float* out) {
   F32 sums[kActs];
   for (int m = 0; m < kActs; ++m) {
     sums[m] = splat(0.0f);
@@ -233,7 +305,7 @@ void dot_row_plain(const Weight4& weight, const Table16& table, int64_t row, con
       const F32 value = load(values + at);
 #pragma GCC unroll 8
       for (int m = 0; m < kActs; ++m) {
-        sums[m] = fma(value, load(acts + m * stride + k + at), sums[m]);
+        sums[m] = fma(value, load(acts + (k + at) * kActs + m * kLanes), sums[m]);
       }
     }
   }
@@ -247,9 +319,8 @@ constexpr int64_t kDotBlock = 16;
 
 // store(row, m, sum) for each weight row and each of kActs rows of activations.
 template <class Dot, int kActs, class Store>
-void dot_weight(const Weight4& weight, const typename Dot::Word* acts, int64_t stride, int threads,
-                const Store& store) {
-  constexpr int kWeights = kActs <= 2 ? 4 : kActs <= 4 || (kLanes == 16 && sizeof(typename Dot::Word) == 4) ? 2 : 1;
+void dot_weight(const Weight4& weight, const typename Dot::Word* acts, int threads, const Store& store) {
+  constexpr int kWeights = Dot::template weights<kActs>();
   // A stretch of the activations takes at most half of a first-level cache of 32 KiB.
   constexpr int64_t kFit = 16384 / (kActs * static_cast<int64_t>(sizeof(typename Dot::Word))) / kGroup * kGroup;
   constexpr int64_t kStretch = kFit < kChunk ? kFit : kChunk;
@@ -267,10 +338,10 @@ void dot_weight(const Weight4& weight, const typename Dot::Word* acts, int64_t s
         const int64_t count = min_of(kStretch, weight.width - k);
         int64_t r = 0;
         for (; r + kWeights <= rows; r += kWeights) {
-          dot_chunk<Dot, kWeights, kActs>(dot, weight, first + r, k, count, acts, stride, totals + r * kActs);
+          dot_chunk<Dot, kWeights, kActs>(dot, weight, first + r, k, count, acts, totals + r * kActs);
         }
         for (; r < rows; ++r) {
-          dot_chunk<Dot, 1, kActs>(dot, weight, first + r, k, count, acts, stride, totals + r * kActs);
+          dot_chunk<Dot, 1, kActs>(dot, weight, first + r, k, count, acts, totals + r * kActs);
         }
       }
       for (int64_t i = 0; i < rows * kActs; ++i) {
@@ -281,13 +352,13 @@ void dot_weight(const Weight4& weight, const typename Dot::Word* acts, int64_t s
 }
 
 template <int kActs, class Store>
-void dot_weight_plain(const Weight4& weight, const float* acts, int64_t stride, int threads, const Store& store) {
+void dot_weight_plain(const Weight4& weight, const float* acts, int threads, const Store& store) {
   const int64_t parts = parts_of(threads, weight.rows, weight.rows * weight.width * kActs);
   parallel_parts(parts, weight.rows, [&](int64_t, int64_t begin, int64_t end) {
     const Table16 table(weight.values);
     float sums[kActs];
     for (int64_t row = begin; row < end; ++row) {
-      dot_row_plain<kActs>(weight, table, row, acts, stride, sums);
+      dot_row_plain<kActs>(weight, table, row, acts, sums);
       for (int m = 0; m < kActs; ++m) {
         store(row, m, sums[m]);
       }
@@ -298,39 +369,43 @@ void dot_weight_plain(const Weight4& weight, const float* acts, int64_t stride, 
 template <class Dot, class T, class Store>
 void dot_arranged(const Weight4& weight, const T* a, int64_t count, int threads, const Store& store) {
   using Word = typename Dot::Word;
-  const int64_t stride = weight.padded_width();
-  Scratch scratch(Scratch::bytes_for<Word>(count * stride));
-  Word* const acts = scratch.take<Word>(count * stride);
-  for (int64_t m = 0; m < count; ++m) {
-    Dot::arrange(a + m * weight.width, weight.width, acts + m * stride);
-  }
+  const int64_t words = count * weight.padded_width();
+  Scratch scratch(Scratch::bytes_for<Word>(words));
+  Word* const acts = scratch.take<Word>(words);
   with_count<kDotRows>(count, [&](auto rows) {
-    dot_weight<Dot, decltype(rows)::value>(weight, acts, stride, threads, store);
+    constexpr int kActs = decltype(rows)::value;
+    for (int m = 0; m < kActs; ++m) {
+      Dot::template arrange<kActs>(a + m * weight.width, weight.width, m, acts);
+    }
+    dot_weight<Dot, kActs>(weight, acts, threads, store);
   });
 }
 
 // `count` rows of activations, 1 to kDotRows.
 template <class T, class Store>
 void multiply_few(const Weight4& weight, const T* a, int64_t count, int threads, const Store& store) {
-  if (!weight.grouped_order) {
-    const int64_t stride = weight.padded_width();
-    Scratch scratch(Scratch::bytes_for<float>(count * stride));
-    float* const acts = scratch.take<float>(count * stride);
-    for (int64_t m = 0; m < count; ++m) {
-      arrange_floats(a + m * weight.width, weight.width, false, acts + m * stride);
-    }
-    with_count<kDotRows>(count, [&](auto rows) {
-      dot_weight_plain<decltype(rows)::value>(weight, acts, stride, threads, store);
-    });
+  if (weight.grouped_order) {
+    dot_arranged<FloatDot>(weight, a, count, threads, store);
     return;
   }
-  dot_arranged<FloatDot>(weight, a, count, threads, store);
+  const int64_t words = count * weight.padded_width();
+  Scratch scratch(Scratch::bytes_for<float>(words));
+  float* const acts = scratch.take<float>(words);
+  with_count<kDotRows>(count, [&](auto rows) {
+    constexpr int kActs = decltype(rows)::value;
+    for (int m = 0; m < kActs; ++m) {
+      arrange_plain<kActs>(a + m * weight.width, weight.width, m, acts);
+    }
+    dot_weight_plain<kActs>(weight, acts, threads, store);
+  });
 }
 
 #ifdef BNB_AVX512BF16
 template <class Store>
 void multiply_few(const Weight4& weight, const bnb::BFloat16* a, int64_t count, int threads, const Store& store) {
-  if (weight.grouped_order) {
+  if (weight.grouped_order && count >= 4 && ScaledBFloat16Dot::takes(weight)) {
+    dot_arranged<ScaledBFloat16Dot>(weight, a, count, threads, store);
+  } else if (weight.grouped_order) {
     dot_arranged<BFloat16Dot>(weight, a, count, threads, store);
   } else {
     multiply_few<bnb::BFloat16, Store>(weight, a, count, threads, store);

@@ -21,6 +21,12 @@ BNB_FN int64_t grouped(int64_t k) {
   return k - inside + ((inside % 8) ^ 1) * kLanes + inside / 8;
 }
 
+// The same where dwords are taken apart into words: vector i of a group has element 4 * w + (i ^ 1) in word w.
+BNB_FN int64_t grouped_words(int64_t k) {
+  const int64_t inside = k % kGroup;
+  return k - inside + ((inside % 4) ^ 1) * 2 * kLanes + inside / 4;
+}
+
 // Most elements of a row whose absmax values are expanded at a time.
 constexpr int64_t kChunk = 2048;
 constexpr int64_t kMaxScales = kChunk / 8 + 2;
@@ -102,6 +108,9 @@ struct Scales4 {
   int64_t blocksize;
   int shift;
 
+  float of_element(int64_t element) const { return scales[(element - base) >> shift]; }
+
+  // Of the lanes of a group that begins at `element`.
   F32 of_group(int64_t element) const {
     const int64_t inside = element - base, position = inside & (blocksize - 1);
     const float* from = scales + (inside >> shift);
@@ -178,6 +187,20 @@ BNB_FN I32 lane_mask(int64_t count) {
   }
   return load(lanes);
 }
+
+#ifdef BNB_AVX512BF16
+// Words of `low`, then of `high`, rounded to bfloat16.
+BNB_FN __m512i round_words(F32 low, F32 high) { return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high.v, low.v)); }
+
+// Looks up the low nibble of each word: in the first half of the table for the lower sixteen words, in the second
+// half, which the fifth bit of an index chooses, for the others.
+BNB_FN __m512i lookup_halves(__m512i codes, __m512i table) {
+  const __m512i half = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(16), 1);
+  constexpr int kMaskThenOr = 0xea;
+  const __m512i index = _mm512_ternarylogic_epi32(codes, _mm512_set1_epi16(15), half, kMaskThenOr);
+  return _mm512_permutexvar_epi16(index, table);
+}
+#endif
 
 // Decodes elements [k, k + count) of a row to floats in grouped order, `count` rounded up to whole groups with
 // zeros. `k` is a multiple of kGroup and `count` at most kChunk. put(offset, even, odd) takes two vectors,

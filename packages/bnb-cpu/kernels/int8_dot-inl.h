@@ -14,10 +14,6 @@ struct Int8Dot {
   static constexpr int kStep = 64;
   static constexpr int kRows = 8;
 
-  static void arrange(const int8_t* from, int64_t width, Word* out) {
-    memcpy(out, from, static_cast<size_t>(width));
-    memset(out + width, 0, static_cast<size_t>(round_up(width, kStep) - width));
-  }
   static int32_t correction(const int8_t* from, int64_t width) {
     int32_t sum = 0;
     for (int64_t k = 0; k < width; ++k) {
@@ -66,12 +62,6 @@ struct Int8Dot {
     memcpy(bytes, p, static_cast<size_t>(count));
     return weights(bytes);
   }
-  static void arrange(const int8_t* from, int64_t width, Word* out) {
-    for (int64_t k = 0; k < width; ++k) {
-      out[k] = from[k];
-    }
-    memset(out + width, 0, static_cast<size_t>(round_up(width, kStep) - width) * sizeof(Word));
-  }
   static int32_t correction(const int8_t*, int64_t) { return 0; }
 };
 #else
@@ -81,12 +71,25 @@ struct Int8Dot {
   static constexpr int kStep = 1;
   static constexpr int kRows = 4;
 
-  static void arrange(const int8_t* from, int64_t width, Word* out) {
-    memcpy(out, from, static_cast<size_t>(width));
-  }
   static int32_t correction(const int8_t*, int64_t) { return 0; }
 };
 #endif
+
+// Activations as they are used: step 0 of all rows, then step 1, and so on, with zeros behind the last element.
+template <int kActs>
+void arrange_int8(const int8_t* from, int64_t width, int m, Int8Dot::Word* out) {
+  constexpr int kStep = Int8Dot::kStep;
+  for (int64_t k = 0; k < width; k += kStep) {
+    Int8Dot::Word* const to = out + k * kActs + m * kStep;
+    const int64_t count = min_of(kStep, width - k);
+    for (int64_t i = 0; i < count; ++i) {
+      to[i] = from[k + i];
+    }
+    for (int64_t i = count; i < kStep; ++i) {
+      to[i] = 0;
+    }
+  }
+}
 
 #if defined(__AVX2__)
 BNB_FN int32_t reduce_sum(I32 a) {
@@ -102,7 +105,7 @@ BNB_FN int32_t reduce_sum(I32 a) {
 
 // out[r * kActs + m]: sums for kWeights rows of the weight, before the correction.
 template <int kWeights, int kActs>
-void dot_int8(const int8_t* weight, int64_t width, const Int8Dot::Word* acts, int64_t stride, int32_t* out) {
+void dot_int8(const int8_t* weight, int64_t width, const Int8Dot::Word* acts, int32_t* out) {
   I32 sums[kWeights][kActs];
   for (int r = 0; r < kWeights; ++r) {
     for (int m = 0; m < kActs; ++m) {
@@ -115,7 +118,7 @@ void dot_int8(const int8_t* weight, int64_t width, const Int8Dot::Word* acts, in
       const auto words = Int8Dot::weights(weight + r * width + k, count...);
 #pragma GCC unroll 8
       for (int m = 0; m < kActs; ++m) {
-        sums[r][m] = Int8Dot::step(sums[r][m], words, acts + m * stride + k);
+        sums[r][m] = Int8Dot::step(sums[r][m], words, acts + k * kActs + m * Int8Dot::kStep);
       }
     }
   };
@@ -134,12 +137,12 @@ void dot_int8(const int8_t* weight, int64_t width, const Int8Dot::Word* acts, in
 }
 #else
 template <int kWeights, int kActs>
-void dot_int8(const int8_t* weight, int64_t width, const int8_t* acts, int64_t stride, int32_t* out) {
+void dot_int8(const int8_t* weight, int64_t width, const int8_t* acts, int32_t* out) {
   for (int r = 0; r < kWeights; ++r) {
     for (int m = 0; m < kActs; ++m) {
       uint32_t sum = 0;
       for (int64_t k = 0; k < width; ++k) {
-        sum += static_cast<uint32_t>(static_cast<int32_t>(weight[r * width + k]) * acts[m * stride + k]);
+        sum += static_cast<uint32_t>(static_cast<int32_t>(weight[r * width + k]) * acts[k * kActs + m]);
       }
       out[r * kActs + m] = static_cast<int32_t>(sum);
     }
@@ -153,12 +156,12 @@ void multiply_int8_few(const int8_t* a, const int8_t* b, int64_t rows, int64_t w
                        const Store& store) {
   using Word = Int8Dot::Word;
   constexpr int kWeights = kLanes < 16 ? 2 : kActs <= 4 ? 4 : 3;
-  const int64_t stride = round_up(width, Int8Dot::kStep);
-  Scratch scratch(Scratch::bytes_for<Word>(kActs * stride));
-  Word* const acts = scratch.take<Word>(kActs * stride);
+  const int64_t words = kActs * round_up(width, Int8Dot::kStep);
+  Scratch scratch(Scratch::bytes_for<Word>(words));
+  Word* const acts = scratch.take<Word>(words);
   int32_t corrections[kActs];
   for (int m = 0; m < kActs; ++m) {
-    Int8Dot::arrange(a + m * width, width, acts + m * stride);
+    arrange_int8<kActs>(a + m * width, width, m, acts);
     corrections[m] = Int8Dot::correction(a + m * width, width);
   }
   const int64_t units = ceil_divide(rows, kWeights), parts = parts_of(threads, units, rows * width * kActs);
@@ -170,13 +173,13 @@ void multiply_int8_few(const int8_t* a, const int8_t* b, int64_t rows, int64_t w
     int64_t row = begin * kWeights;
     const int64_t last = min_of(end * kWeights, rows);
     for (; row + kWeights <= last; row += kWeights) {
-      dot_int8<kWeights, kActs>(b + row * width, width, acts, stride, sums);
+      dot_int8<kWeights, kActs>(b + row * width, width, acts, sums);
       for (int i = 0; i < kWeights * kActs; ++i) {
         put(row + i / kActs, i % kActs, sums[i]);
       }
     }
     for (; row < last; ++row) {
-      dot_int8<1, kActs>(b + row * width, width, acts, stride, sums);
+      dot_int8<1, kActs>(b + row * width, width, acts, sums);
       for (int m = 0; m < kActs; ++m) {
         put(row, m, sums[m]);
       }

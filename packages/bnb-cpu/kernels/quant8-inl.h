@@ -52,11 +52,11 @@ void encode_block_8bit(const T* x, int64_t count, float scale, const uint8_t* gr
   int32_t positions[kChunk];
   for (int64_t start = 0; start < count; start += kChunk) {
     const int size = static_cast<int>(count - start < kChunk ? count - start : kChunk);
-    int i = 0;
-    for (; i + kLanes <= size; i += kLanes) {
+    const int whole = size / kLanes * kLanes;
+    for (int i = 0; i < whole; i += kLanes) {
       store(positions + i, position_or_nan(load(x + start + i) * splat(scale)));
     }
-    for (; i < size; ++i) {
+    for (int i = whole; i < size; ++i) {
       positions[i] = position_or_nan(bnb::to_float(x[start + i]) * scale);
     }
     for (int j = 0; j < size; ++j) {

@@ -82,8 +82,8 @@ struct Encoder4 {
   }
 };
 
-// absmax of a block.
-template <bool kNested>
+// absmax of a block. `kShift`: the nested block size is known to be a power of two.
+template <bool kNested, bool kShift = false>
 struct BlockScale {
   const Statistics statistics;
   const float* code;  // in shared memory
@@ -101,13 +101,31 @@ struct BlockScale {
     }
   }
 
-  __device__ __forceinline__ float operator()(int64_t block) const {
-    if (!kNested) {
-      return __ldg(statistics.absmax + block);
+  // What memory holds of a block's absmax. Apart from `value`, so that loads can run ahead.
+  struct Stored {
+    float absmax;
+    unsigned code;
+  };
+
+  __device__ __forceinline__ Stored fetch(int64_t block) const {
+    if constexpr (!kNested) {
+      return {__ldg(statistics.absmax + block), 0u};
+    } else {
+      const int64_t outer =
+          kShift || nested_shift >= 0 ? block >> nested_shift : block / statistics.nested_blocksize;
+      return {__ldg(statistics.absmax + outer), __ldg(statistics.absmax_8bit + block)};
     }
-    const int64_t outer = nested_shift >= 0 ? block >> nested_shift : block / statistics.nested_blocksize;
-    return bnb::nested_absmax(code[__ldg(statistics.absmax_8bit + block)], __ldg(statistics.absmax + outer), offset);
   }
+
+  __device__ __forceinline__ float value(const Stored& stored) const {
+    if constexpr (!kNested) {
+      return stored.absmax;
+    } else {
+      return bnb::nested_absmax(code[stored.code], stored.absmax, offset);
+    }
+  }
+
+  __device__ __forceinline__ float operator()(int64_t block) const { return value(fetch(block)); }
 };
 
 // log2 of a power of two, -1 for other numbers.

@@ -37,17 +37,29 @@ __device__ __forceinline__ unsigned pack_pair(float low, float high) {
 // All threads of the block call this; the caller synchronises afterwards.
 template <class T, int kType>
 __device__ __forceinline__ void build_pair_table(unsigned* table) {
+  constexpr float kValues[2][16] = {{BNB_NF4_VALUES}, {BNB_FP4_VALUES}};
   const int lane = threadIdx.x % kLanes;
-  for (int byte = threadIdx.x / kLanes; byte < 256; byte += blockDim.x / kLanes) {
-    // The earlier value of a pair lies in the high nibble.
-    table[byte * kLanes + lane] = pack_pair<T>(Tables4<kType>::value(byte >> 4), Tables4<kType>::value(byte & 15));
+  // The earlier value of a pair lies in the high nibble.
+  for (int high = threadIdx.x / kLanes; high < 16; high += blockDim.x / kLanes) {
+    const float first = Tables4<kType>::value(high);
+#pragma unroll
+    for (int low = 0; low < 16; ++low) {
+      table[(16 * high + low) * kLanes + lane] = pack_pair<T>(first, kValues[kType][low]);
+    }
   }
 }
 
-// `table` points to the copy of this lane.
+// Offset in bytes of a byte's entry in the table, for the copy of a lane at `lane_offset` = 4 * lane.
 template <int kByte>
-__device__ __forceinline__ unsigned decode_pair(const unsigned* table, unsigned word) {
-  return table[(word >> (8 * kByte) & 0xffu) * kLanes];
+__device__ __forceinline__ unsigned pair_offset(unsigned word, unsigned lane_offset) {
+  constexpr unsigned kMask = 0xffu << 7;
+  const unsigned moved = kByte == 0 ? word << 7 : word >> (kByte == 0 ? 0 : 8 * kByte - 7);
+  return (moved & kMask) | lane_offset;
+}
+
+template <int kByte>
+__device__ __forceinline__ unsigned decode_pair(const unsigned char* table, unsigned lane_offset, unsigned word) {
+  return *reinterpret_cast<const unsigned*>(table + pair_offset<kByte>(word, lane_offset));
 }
 
 // d += a @ b for one 16 x 8 x 16 tile.
@@ -55,12 +67,12 @@ template <class T>
 __device__ __forceinline__ void multiply_tile(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
 #if BNB_DEVICE_ARCH >= 800
   if constexpr (std::is_same_v<T, half_t>) {
-    asm volatile(
+    asm(
         "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
   } else {
-    asm volatile(
+    asm(
         "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
@@ -88,28 +100,36 @@ __device__ __forceinline__ Codes<kChunk> load_codes(const uint8_t* from) {
   return codes;
 }
 
-// The left operands of the kChunk / 16 products of a chunk, for rows g and g + 8 of a tile.
+// The left operand of the i-th product of a chunk, for rows g and g + 8 of a tile.
+template <int kChunk>
+__device__ __forceinline__ void decode_left(unsigned (&left)[4], int i, const unsigned char* table,
+                                            unsigned lane_offset, const Codes<kChunk>& upper,
+                                            const Codes<kChunk>& lower) {
+  const unsigned u = upper.words[i / 2], l = lower.words[i / 2];
+  if (i % 2 == 0) {
+    left[0] = decode_pair<0>(table, lane_offset, u);
+    left[1] = decode_pair<0>(table, lane_offset, l);
+    left[2] = decode_pair<1>(table, lane_offset, u);
+    left[3] = decode_pair<1>(table, lane_offset, l);
+  } else {
+    left[0] = decode_pair<2>(table, lane_offset, u);
+    left[1] = decode_pair<2>(table, lane_offset, l);
+    left[2] = decode_pair<3>(table, lane_offset, u);
+    left[3] = decode_pair<3>(table, lane_offset, l);
+  }
+}
+
+// The left operands of the kChunk / 16 products of a chunk.
 template <int kChunk>
 struct LeftOperands {
   static constexpr int kCount = kChunk / 16;
   unsigned registers[kCount][4];
 
-  __device__ __forceinline__ LeftOperands(const unsigned* table, const Codes<kChunk>& upper,
-                                          const Codes<kChunk>& lower) {
+  __device__ __forceinline__ LeftOperands(const unsigned char* table, unsigned lane_offset,
+                                          const Codes<kChunk>& upper, const Codes<kChunk>& lower) {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      const unsigned u = upper.words[i / 2], l = lower.words[i / 2];
-      if (i % 2 == 0) {
-        registers[i][0] = decode_pair<0>(table, u);
-        registers[i][1] = decode_pair<0>(table, l);
-        registers[i][2] = decode_pair<1>(table, u);
-        registers[i][3] = decode_pair<1>(table, l);
-      } else {
-        registers[i][0] = decode_pair<2>(table, u);
-        registers[i][1] = decode_pair<2>(table, l);
-        registers[i][2] = decode_pair<3>(table, u);
-        registers[i][3] = decode_pair<3>(table, l);
-      }
+      decode_left<kChunk>(registers[i], i, table, lane_offset, upper, lower);
     }
   }
 };

@@ -1,8 +1,10 @@
 // Products of a 4-bit weight with up to 16 rows of activations: bound by reading the weight.
 //
-// A thread block takes 16 or 32 rows of the weight. Its warps take chunks of k in turn, so that together
-// they read each row in order; every warp has several chunks in flight. The partial sums of the warps
-// meet in shared memory.
+// One thread block lives on each multiprocessor and takes tiles of 16 or 32 rows of the weight in turn.
+// Its warps share the columns: a warp always has the same ones, two neighbouring chunks at a time. Codes
+// and statistics are fetched several such units ahead, across the ends of tiles, so that memory never
+// waits for the arithmetic; activations come out of the first-level cache, one chunk ahead. The partial
+// sums of the warps meet in one of two buffers in shared memory, which costs one barrier per tile.
 #include <type_traits>
 
 #include "gemm4.h"
@@ -10,151 +12,183 @@
 namespace bnb_gpu {
 namespace {
 
-constexpr int kWarps = 8;
+constexpr int kWarps = 16;
 constexpr int kThreads = kWarps * kLanes;
+// Floats added to each token's row of partial sums: moves neighbouring tokens to other banks.
+constexpr int kSumPadding = 4;
+
+template <int kRowTiles, int kTokenTiles>
+constexpr int kPartialFloats = kWarps * 8 * kTokenTiles * (16 * kRowTiles + kSumPadding);
+
+template <int kRowTiles, int kTokenTiles>
+constexpr int shared_bytes() {
+  return kPairTableBytes + 2 * kPartialFloats<kRowTiles, kTokenTiles> * 4;
+}
+
+// Activations of one chunk: kChunk / 4 values per lane and token.
+template <int kChunk, int kTokenTiles>
+struct Activations {
+  unsigned words[kTokenTiles][kChunk / 8];
+};
 
 template <class T, int kType, bool kNested, int kChunk, int kRowTiles, int kTokenTiles>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     gemm4_few(const T* __restrict__ a, int m, int n, int k, const uint8_t* __restrict__ packed,
               const Statistics statistics, int block_shift, int nested_shift, const void* __restrict__ bias,
               int bias_dtype, T* __restrict__ out) {
-  constexpr int kDepth = kRowTiles == 1 ? 4 : 3;
-  constexpr int kRows = 16 * kRowTiles, kTokens = 8 * kTokenTiles;
+  constexpr int kDepth = kRowTiles == 1 ? 4 : 2;  // units that codes are fetched ahead
+  constexpr int kRows = 16 * kRowTiles, kTokens = 8 * kTokenTiles, kPitch = kRows + kSumPadding;
   constexpr int kLaneBytes = kChunk / 8;   // of a weight row
   constexpr int kLaneValues = kChunk / 4;  // of an activation row
+  using Scale = BlockScale<kNested, true>;
   extern __shared__ __align__(16) unsigned char shared[];
   __shared__ float nested_code[256];
-  unsigned* table = reinterpret_cast<unsigned*>(shared);
+  float* partial = reinterpret_cast<float*>(shared + kPairTableBytes);
 
   const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes;
   const int g = lane / 4, t = lane % 4;
-  const int first_row = blockIdx.x * kRows;
-  const int chunks = k / kChunk;
+  const unsigned lane_offset = 4 * lane;
+  const int chunks = k / kChunk, units = (chunks + 1) / 2;
+  const int units_per_warp = (units + kWarps - 1) / kWarps;
+  const int tiles = (n + kRows - 1) / kRows;
 
-  const BlockScale<kNested> scale_of(statistics, nested_code, nested_shift);
-  build_pair_table<T, kType>(table);
-  const unsigned* lane_table = table + lane;
+  Codes<kChunk> codes[kDepth][2][kRowTiles][2];
+  typename Scale::Stored scales[kDepth][2][kRowTiles][2];
+  const Scale scale_of(statistics, nested_code, nested_shift);
 
-  int64_t row_begin[kRowTiles][2];
-#pragma unroll
-  for (int r = 0; r < kRowTiles; ++r) {
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      row_begin[r][h] = static_cast<int64_t>(min(first_row + 16 * r + 8 * h + g, n - 1)) * k;
-    }
-  }
-
-  Codes<kChunk> codes[kDepth][kRowTiles][2];
-  float scales[kDepth][kRowTiles][2];
-  const auto fetch_codes = [&](int slot, int chunk) {
-#pragma unroll
-    for (int r = 0; r < kRowTiles; ++r) {
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const int64_t element = row_begin[r][h] + static_cast<int64_t>(chunk) * kChunk;
-        codes[slot][r][h] = load_codes<kChunk>(packed + element / 2 + t * kLaneBytes);
-      }
-    }
-  };
-  const auto fetch_scales = [&](int slot, int chunk) {
-#pragma unroll
-    for (int r = 0; r < kRowTiles; ++r) {
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        scales[slot][r][h] = scale_of((row_begin[r][h] + static_cast<int64_t>(chunk) * kChunk) >> block_shift);
-      }
-    }
-  };
-
-  // The first loads leave before the tables are ready.
-#pragma unroll
-  for (int d = 0; d < kDepth; ++d) {
-    const int chunk = warp + d * kWarps;
-    if (chunk < chunks) {
-      fetch_codes(d, chunk);
-    }
-  }
-  __syncthreads();
-#pragma unroll
-  for (int d = 0; d < kDepth; ++d) {
-    const int chunk = warp + d * kWarps;
-    if (chunk < chunks) {
-      fetch_scales(d, chunk);
-    }
-  }
-
-  float sums[kRowTiles][kTokenTiles][4] = {};
-  for (int start = warp; start < chunks; start += kDepth * kWarps) {
-#pragma unroll
-    for (int d = 0; d < kDepth; ++d) {
-      const int chunk = start + d * kWarps;
-      if (chunk >= chunks) {
-        break;
-      }
-      // Activations: kChunk / 4 values per lane and token.
-      unsigned values[kTokenTiles][kLaneValues / 2];
-#pragma unroll
-      for (int j = 0; j < kTokenTiles; ++j) {
-        const int token = 8 * j + g;
-        const uint4* from =
-            reinterpret_cast<const uint4*>(a + static_cast<int64_t>(token) * k + chunk * kChunk + t * kLaneValues);
-#pragma unroll
-        for (int q = 0; q < kLaneValues / 8; ++q) {
-          const uint4 four = token < m ? __ldg(from + q) : make_uint4(0, 0, 0, 0);
-          values[j][4 * q] = four.x;
-          values[j][4 * q + 1] = four.y;
-          values[j][4 * q + 2] = four.z;
-          values[j][4 * q + 3] = four.w;
-        }
-      }
+  // Fetches the next unit of this warp, if there is one, and moves on.
+  int fetch_tile = blockIdx.x, fetch_index = 0;
+  const auto fetch = [&](int slot) {
+    const int unit = warp + kWarps * fetch_index;
+    if (fetch_tile < tiles && unit < units) {
 #pragma unroll
       for (int r = 0; r < kRowTiles; ++r) {
-        const LeftOperands<kChunk> left(lane_table, codes[d][r][0], codes[d][r][1]);
 #pragma unroll
-        for (int j = 0; j < kTokenTiles; ++j) {
-          float block[4] = {};
+        for (int h = 0; h < 2; ++h) {
+          const int64_t begin = static_cast<int64_t>(min(fetch_tile * kRows + 16 * r + 8 * h + g, n - 1)) * k;
 #pragma unroll
-          for (int i = 0; i < kChunk / 16; ++i) {
-            multiply_tile<T>(block, left.registers[i], values[j][2 * i], values[j][2 * i + 1]);
+          for (int c = 0; c < 2; ++c) {
+            const int64_t element = begin + min(2 * unit + c, chunks - 1) * kChunk;
+            codes[slot][c][r][h] = load_codes<kChunk>(packed + element / 2 + t * kLaneBytes);
+            scales[slot][c][r][h] = scale_of.fetch(element >> block_shift);
           }
-          sums[r][j][0] = __fmaf_rn(block[0], scales[d][r][0], sums[r][j][0]);
-          sums[r][j][1] = __fmaf_rn(block[1], scales[d][r][0], sums[r][j][1]);
-          sums[r][j][2] = __fmaf_rn(block[2], scales[d][r][1], sums[r][j][2]);
-          sums[r][j][3] = __fmaf_rn(block[3], scales[d][r][1], sums[r][j][3]);
         }
       }
-      const int next = chunk + kDepth * kWarps;
-      if (next < chunks) {
-        fetch_codes(d, next);
-        fetch_scales(d, next);
-      }
     }
-  }
+    if (++fetch_index == units_per_warp) {
+      fetch_index = 0;
+      fetch_tile += gridDim.x;
+    }
+  };
 
-  // Sum over the warps. Lane (g, t) holds rows g and g + 8, tokens 2 t and 2 t + 1 of each tile.
-  __syncthreads();
-  float* partial = reinterpret_cast<float*>(shared);
-#pragma unroll
-  for (int r = 0; r < kRowTiles; ++r) {
+  const auto load_activations = [&](int chunk) {
+    Activations<kChunk, kTokenTiles> values;
 #pragma unroll
     for (int j = 0; j < kTokenTiles; ++j) {
+      const int token = 8 * j + g;
+      const uint4* from =
+          reinterpret_cast<const uint4*>(a + static_cast<int64_t>(token) * k + chunk * kChunk + t * kLaneValues);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int row = 16 * r + 8 * (i / 2) + g, token = 8 * j + 2 * t + i % 2;
-        partial[(warp * kTokens + token) * kRows + row] = sums[r][j][i];
+      for (int q = 0; q < kLaneValues / 8; ++q) {
+        const uint4 four = token < m && chunk < chunks ? __ldg(from + q) : make_uint4(0, 0, 0, 0);
+        values.words[j][4 * q] = four.x;
+        values.words[j][4 * q + 1] = four.y;
+        values.words[j][4 * q + 2] = four.z;
+        values.words[j][4 * q + 3] = four.w;
       }
     }
+    return values;
+  };
+
+#pragma unroll
+  for (int d = 0; d < kDepth; ++d) {
+    fetch(d);
   }
+  Activations<kChunk, kTokenTiles> values = load_activations(2 * warp);
+  build_pair_table<T, kType>(reinterpret_cast<unsigned*>(shared));
   __syncthreads();
-  for (int i = threadIdx.x; i < kRows * kTokens; i += kThreads) {
-    const int row = first_row + i % kRows, token = i / kRows;
-    if (row < n && token < m) {
+
+  float sums[kRowTiles][kTokenTiles][4] = {};
+  const auto multiply = [&](int slot, int c, const Activations<kChunk, kTokenTiles>& right) {
+#pragma unroll
+    for (int r = 0; r < kRowTiles; ++r) {
+      float block[kTokenTiles][4] = {};
+#pragma unroll
+      for (int i = 0; i < kChunk / 16; ++i) {
+        unsigned left[4];
+        decode_left<kChunk>(left, i, shared, lane_offset, codes[slot][c][r][0], codes[slot][c][r][1]);
+#pragma unroll
+        for (int j = 0; j < kTokenTiles; ++j) {
+          multiply_tile<T>(block[j], left, right.words[j][2 * i], right.words[j][2 * i + 1]);
+        }
+      }
+      const float upper = scale_of.value(scales[slot][c][r][0]), lower = scale_of.value(scales[slot][c][r][1]);
+#pragma unroll
+      for (int j = 0; j < kTokenTiles; ++j) {
+        sums[r][j][0] = __fmaf_rn(block[j][0], upper, sums[r][j][0]);
+        sums[r][j][1] = __fmaf_rn(block[j][1], upper, sums[r][j][1]);
+        sums[r][j][2] = __fmaf_rn(block[j][2], lower, sums[r][j][2]);
+        sums[r][j][3] = __fmaf_rn(block[j][3], lower, sums[r][j][3]);
+      }
+    }
+  };
+
+  // Sums over the warps. Lane (g, t) holds rows g and g + 8, tokens 2 t and 2 t + 1 of each tile.
+  const auto finish_tile = [&](int tile, int round) {
+    float* buffer = partial + (round % 2) * kPartialFloats<kRowTiles, kTokenTiles>;
+#pragma unroll
+    for (int r = 0; r < kRowTiles; ++r) {
+#pragma unroll
+      for (int j = 0; j < kTokenTiles; ++j) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int row = 16 * r + 8 * (i / 2) + g, token = 8 * j + 2 * t + i % 2;
+          buffer[(warp * kTokens + token) * kPitch + row] = sums[r][j][i];
+          sums[r][j][i] = 0.0f;
+        }
+      }
+    }
+    // Who is past this barrier may fill the other buffer: nobody reads it any more.
+    __syncthreads();
+    // Other warps each time, so that none falls behind.
+    const int cell = (threadIdx.x + 128 * round) % kThreads;
+    const int token = cell / kRows, row = cell % kRows;
+    if (cell < kRows * kTokens && token < m && tile * kRows + row < n) {
       float sum = 0.0f;
 #pragma unroll
       for (int w = 0; w < kWarps; ++w) {
-        sum += partial[w * kRows * kTokens + i];
+        sum += buffer[(w * kTokens + token) * kPitch + row];
       }
-      out[static_cast<int64_t>(token) * n + row] = from_float<T>(sum + load_bias(bias, bias_dtype, row));
+      const int64_t place = static_cast<int64_t>(tile) * kRows + row;
+      out[token * static_cast<int64_t>(n) + place] = from_float<T>(sum + load_bias(bias, bias_dtype, place));
+    }
+  };
+
+  const int rounds = (tiles - static_cast<int>(blockIdx.x) + static_cast<int>(gridDim.x) - 1) / gridDim.x;
+  const int items = rounds * units_per_warp;
+  int index = 0, round = 0;
+  for (int base = 0; base < items; base += kDepth) {
+#pragma unroll
+    for (int d = 0; d < kDepth; ++d) {
+      if (base + d < items) {
+        const int unit = warp + kWarps * index;
+        const bool last = index + 1 == units_per_warp;
+        const int next_unit = last ? warp : unit + kWarps;
+        const Activations<kChunk, kTokenTiles> second = load_activations(2 * unit + 1);
+        if (unit < units) {
+          multiply(d, 0, values);
+        }
+        values = load_activations(2 * next_unit);
+        if (unit < units) {
+          multiply(d, 1, second);
+        }
+        fetch(d);
+        index = last ? 0 : index + 1;
+        if (last) {
+          finish_tile(blockIdx.x + round * gridDim.x, round);
+          ++round;
+        }
+      }
     }
   }
 }
@@ -162,17 +196,27 @@ __global__ void __launch_bounds__(kThreads)
 template <class T, int kType, bool kNested, int kChunk, int kRowTiles, int kTokenTiles>
 void run(const Launch& launch, const Gemm4& p) {
   const auto kernel = gemm4_few<T, kType, kNested, kChunk, kRowTiles, kTokenTiles>;
-  kernel<<<static_cast<unsigned>(ceil_div(p.n, 16 * kRowTiles)), kThreads, kPairTableBytes, launch.stream()>>>(
+  constexpr int kShared = shared_bytes<kRowTiles, kTokenTiles>();
+  static SharedMemoryLimit limit;
+  limit.raise(launch, reinterpret_cast<const void*>(kernel), kShared);
+  kernel<<<launch.grid(ceil_div(p.n, 16 * kRowTiles), 1), kThreads, kShared, launch.stream()>>>(
       static_cast<const T*>(p.a), static_cast<int>(p.m), static_cast<int>(p.n), static_cast<int>(p.k), p.packed,
       p.statistics, exact_log2(p.blocksize), exact_log2(p.statistics.nested_blocksize), p.bias, p.bias_dtype,
       static_cast<T*>(p.out));
 }
 
+// Multiprocessors that have work, times rounds, over rounds that full use would take: 1 is the best.
+double idle_factor(int64_t n, int rows, int processors) {
+  const double tiles = static_cast<double>(ceil_div(n, rows));
+  return static_cast<double>(ceil_div(ceil_div(n, rows), processors)) * processors / tiles;
+}
+
 }  // namespace
 
 void gemm_4bit_few(const Launch& launch, const Gemm4& p) {
-  // Two row tiles share the activations, once there are enough rows to fill the device.
-  const bool wide = p.n >= int64_t{32} * launch.processors();
+  // Two row tiles share the activations, where that leaves no more of the device idle.
+  const bool wide =
+      idle_factor(p.n, 32, launch.processors()) <= 1.02 * idle_factor(p.n, 16, launch.processors());
   with_half_dtype(p.dtype, [&](auto type) {
     with_quant_type(p.quant_type, [&](auto quant) {
       with_nested(p.statistics, [&](auto nested) {

@@ -68,9 +68,9 @@ __global__ void __launch_bounds__(kThreads, kTokenTiles <= 2 ? 2 : 1)
   const int begin = static_cast<int>(static_cast<int64_t>(steps_total) * split / splits);
   const int end = static_cast<int>(static_cast<int64_t>(steps_total) * (split + 1) / splits);
 
-  const BlockScale<kNested> scale_of(statistics, nested_code, nested_shift);
+  const BlockScale<kNested, true> scale_of(statistics, nested_code, nested_shift);
   build_pair_table<T, kType>(table);
-  const unsigned* lane_table = table + lane;
+  const unsigned lane_offset = 4 * lane;
 
   const auto stage_activations = [&](int step) {
     if (step < end) {
@@ -137,8 +137,8 @@ __global__ void __launch_bounds__(kThreads, kTokenTiles <= 2 ? 2 : 1)
       if (step * kStep + depth_warp * kChunk < k) {
         const unsigned char* stage = ring + (step - begin) % kStages * kStageBytes;
         const unsigned char* mine = stage + depth_warp * kChunk * 2 + t * kLaneValues * 2;
-        const LeftOperands<kChunk> left[kRowTiles] = {{lane_table, codes[d][0][0], codes[d][0][1]},
-                                                      {lane_table, codes[d][1][0], codes[d][1][1]}};
+        const LeftOperands<kChunk> left[kRowTiles] = {{shared, lane_offset, codes[d][0][0], codes[d][0][1]},
+                                                      {shared, lane_offset, codes[d][1][0], codes[d][1][1]}};
         float scale[kRowTiles][2];
 #pragma unroll
         for (int r = 0; r < kRowTiles; ++r) {
@@ -237,8 +237,8 @@ template <class T, int kType, bool kNested, int kChunk, int kTokenTiles>
 void run(const Launch& launch, const Gemm4& p, int split) {
   const auto kernel = gemm4_tiles<T, kType, kNested, kChunk, kTokenTiles>;
   constexpr int kShared = shared_bytes<kChunk, kTokenTiles>();
-  check(gpuFuncSetAttribute(reinterpret_cast<const void*>(kernel), gpuFuncAttributeMaxDynamicSharedMemorySize, kShared),
-        "gemm_4bit: asking for shared memory");
+  static SharedMemoryLimit limit;
+  limit.raise(launch, reinterpret_cast<const void*>(kernel), kShared);
   const dim3 grid(split, static_cast<unsigned>(ceil_div(p.n, kRows)),
                   static_cast<unsigned>(ceil_div(p.m, 8 * kTokenTiles)));
   const auto arguments = [&](auto&& call) {

@@ -36,7 +36,8 @@ void dequantize_blockwise(const Launch&, const uint8_t* codes, const float* absm
                           int64_t count, int64_t blocksize, void* out, int dtype);
 
 // --- gemm4_*.cu ------------------------------------------------------------------------------------
-// out = a @ weight.T + bias for a packed weight of shape (n, k) and m rows of a; float16 or bfloat16.
+// out = a @ weight.T + bias for a packed weight of shape (n, k) and m rows of a; float16 or bfloat16. The
+// nested block size of the statistics is a power of two.
 struct Gemm4 {
   const void* a;  // (m, k)
   int dtype;
@@ -56,6 +57,8 @@ bool gemm_4bit_fits(int64_t n, int64_t k, int64_t blocksize, int dtype, int capa
 void gemm_4bit_few(const Launch&, const Gemm4&);
 // Any number of rows; `split` thread blocks of a cluster share k (1 where there are no clusters).
 void gemm_4bit_tiles(const Launch&, const Gemm4&, int split);
+// The same on compute capability 9.0, blocks of a multiple of 64.
+void gemm_4bit_groups(const Launch&, const Gemm4&, int split);
 // A few rows in any dtype, of any size, block size and table of 16 values: plain float32 arithmetic.
 void gemv_4bit(const Launch&, const Gemm4&, const float* code);
 

@@ -3,6 +3,7 @@
 
 #include <bnb/dtypes.h>
 
+#include <atomic>
 #include <stdexcept>
 #include <string>
 
@@ -18,6 +19,8 @@ inline void check(gpuError_t status, const char* what) {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+constexpr int kMaxDevices = 64;
+
 // Properties of a device, read once.
 struct DeviceInfo {
   int processors;
@@ -25,7 +28,6 @@ struct DeviceInfo {
 };
 
 inline const DeviceInfo& device_info(int device) {
-  constexpr int kMaxDevices = 64;
   static DeviceInfo known[kMaxDevices] = {};
   DeviceInfo& info = known[device];
   if (info.processors == 0) {
@@ -71,6 +73,23 @@ class Launch {
   gpuStream_t stream_;
   int device_;
   int previous_ = 0;
+};
+
+// Lets a kernel use more shared memory than any kernel may; asks the driver once per device. One static
+// object per kernel.
+class SharedMemoryLimit {
+ public:
+  void raise(const Launch& launch, const void* kernel, int bytes) {
+    std::atomic<bool>& raised = raised_[launch.device()];
+    if (!raised.load(std::memory_order_acquire)) {
+      check(gpuFuncSetAttribute(kernel, gpuFuncAttributeMaxDynamicSharedMemorySize, bytes),
+            "asking for shared memory");
+      raised.store(true, std::memory_order_release);
+    }
+  }
+
+ private:
+  std::atomic<bool> raised_[kMaxDevices] = {};
 };
 
 inline void check_launch(const char* kernel) { check(gpuGetLastError(), kernel); }

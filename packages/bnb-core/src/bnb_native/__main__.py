@@ -1,8 +1,8 @@
-"""``python -m bnb_native --include-dir`` and ``--cmake-dir``, for build systems."""
+"""``python -m bnb_native --include-dir``, ``--cmake-dir`` and ``--copy FOLDER``, for build systems and authors."""
 
 import argparse
 
-from bnb_native import cmake_dir, include_dir
+from bnb_native import cmake_dir, copy_to, include_dir
 
 
 def main() -> None:
@@ -11,7 +11,9 @@ def main() -> None:
     group = parser.add_mutually_exclusive_group(required=True)
     group.add_argument("--include-dir", action="store_const", dest="folder", const=include_dir)
     group.add_argument("--cmake-dir", action="store_const", dest="folder", const=cmake_dir)
-    print(parser.parse_args().folder())
+    group.add_argument("--copy", metavar="FOLDER", help="copy all of it to FOLDER/bnb_native")
+    arguments = parser.parse_args()
+    print(copy_to(arguments.copy) if arguments.copy else arguments.folder())
 
 
 if __name__ == "__main__":

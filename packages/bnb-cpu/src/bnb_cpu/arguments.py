@@ -24,3 +24,8 @@ def dtype_number(tensor: torch.Tensor | None) -> int:
 def contiguous_or_none(tensor: torch.Tensor | None) -> torch.Tensor | None:
     """The tensor in contiguous memory, or ``None``."""
     return None if tensor is None else tensor.contiguous()
+
+
+def all_contiguous(*tensors: torch.Tensor | None) -> bool:
+    """Whether kernels can read all tensors as they are."""
+    return all(tensor is None or tensor.is_contiguous() for tensor in tensors)

@@ -6,13 +6,20 @@ native call returns.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, empty, get_num_threads
 
 from bitsandbytes.backends.description import Kernel
-from bnb_cpu.arguments import DTYPES, QUANT_TYPES, address, contiguous_or_none, dtype_number
+from bnb_cpu.arguments import (
+    DTYPES,
+    QUANT_TYPES,
+    address,
+    all_contiguous,
+    contiguous_or_none,
+    dtype_number,
+)
 from bnb_cpu.memory import empty_result
 from bnb_cpu.native import _C
 
@@ -345,11 +352,76 @@ def int8_linear(
     return out
 
 
+# --- repeated calls ---------------------------------------------------------------------------------
+#
+# What does not change between calls is looked up once. The functions keep addresses, no tensors.
+
+
+def bind_gemm_4bit(
+    B: Tensor,
+    shapeB: Sequence[int],
+    absmax: Tensor,
+    blocksize: int,
+    quant_type: str,
+    bias: Tensor | None = None,
+    absmax_8bit: Tensor | None = None,
+    absmax_code: Tensor | None = None,
+    absmax_offset: Tensor | None = None,
+) -> Callable[[Tensor], Tensor] | None:
+    """``gemm_4bit`` as a function of the activations alone."""
+    if not all_contiguous(B, absmax, bias, absmax_8bit, absmax_code):
+        return None
+    multiply, device = _C.gemm_4bit, B.device
+    n, k = shapeB
+    weight = (
+        B.data_ptr(),
+        n,
+        k,
+        absmax.data_ptr(),
+        address(absmax_8bit),
+        address(absmax_code),
+        0 if absmax_code is None else absmax_code.numel(),
+        address(absmax_offset),
+        blocksize,
+        0,
+        QUANT_TYPES[quant_type],
+        address(bias),
+        dtype_number(bias),
+    )
+
+    def run(A: Tensor) -> Tensor:
+        A = A if A.is_contiguous() else A.contiguous()
+        out = empty_result((*A.shape[:-1], n), A.dtype, device)
+        multiply(A.data_ptr(), DTYPES[A.dtype], rows_of(A), *weight, out.data_ptr(), get_num_threads())
+        return out
+
+    return run
+
+
+def bind_int8_linear(
+    CB: Tensor, SCB: Tensor, threshold: float = 0.0, bias: Tensor | None = None
+) -> Callable[[Tensor], Tensor] | None:
+    """``int8_linear`` as a function of the activations alone."""
+    if not all_contiguous(CB, SCB, bias):
+        return None
+    multiply, device = _C.int8_linear, CB.device
+    n = CB.shape[0]
+    weight = (CB.data_ptr(), SCB.data_ptr(), n, CB.shape[1], threshold, address(bias), dtype_number(bias))
+
+    def run(A: Tensor) -> Tensor:
+        A = A if A.is_contiguous() else A.contiguous()
+        out = empty_result((*A.shape[:-1], n), A.dtype, device)
+        multiply(A.data_ptr(), DTYPES[A.dtype], rows_of(A), *weight, out.data_ptr(), get_num_threads())
+        return out
+
+    return run
+
+
 #: What this module serves, by op.
 MATMUL_KERNELS = (
     Kernel("gemv_4bit", gemv_4bit),
     Kernel("gemv_4bit.out", gemv_4bit_out),
-    Kernel("gemm_4bit", gemm_4bit),
+    Kernel("gemm_4bit", gemm_4bit, bind=bind_gemm_4bit),
     Kernel("gemm_4bit_transposed", gemm_4bit_transposed),
     Kernel("int8_vectorwise_quant", int8_vectorwise_quant),
     Kernel("int8_double_quant", int8_double_quant),
@@ -359,5 +431,5 @@ MATMUL_KERNELS = (
     Kernel("int8_mm_dequant", int8_mm_dequant),
     Kernel("int8_scaled_mm", int8_scaled_mm),
     Kernel("int8_mixed_scaled_mm", int8_mixed_scaled_mm),
-    Kernel("int8_linear", int8_linear),
+    Kernel("int8_linear", int8_linear, bind=bind_int8_linear),
 )

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from bitsandbytes.errors import ArgumentError
+from bitsandbytes.ops.common import NESTED_BLOCKSIZE
 from bitsandbytes.state import QuantState
 
 _ops = torch.ops.bitsandbytes
@@ -20,13 +21,15 @@ def multiply(
     A: torch.Tensor, packed: torch.Tensor, state: QuantState, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
     """``A @ W.T + bias`` without a record for gradients, in the dtype of ``A``."""
+    return _ops.gemm_4bit.default(A, *frozen_arguments(packed, state, bias))
+
+
+def frozen_arguments(packed: torch.Tensor, state: QuantState, bias: torch.Tensor | None) -> tuple[Any, ...]:
+    """The arguments of ``gemm_4bit`` after the first."""
     nested = state.state2
-    if nested is None or nested.blocksize != 256:
-        return _ops.gemm_4bit.default(
-            A, packed, state.shape, state.plain_absmax(), state.blocksize, state.quant_type, bias
-        )
-    return _ops.gemm_4bit.default(
-        A,
+    if nested is None or nested.blocksize != NESTED_BLOCKSIZE:
+        return packed, state.shape, state.plain_absmax(), state.blocksize, state.quant_type, bias
+    return (
         packed,
         state.shape,
         nested.absmax,

@@ -41,11 +41,17 @@ class Kernel:
     #: Says, from the same arguments, whether this kernel takes the call; ``None`` means always. A
     #: call that no kernel takes goes to the reference implementation.
     accepts: Callable[..., bool] | None = None
+    #: Prepares repeated calls that differ in their first argument alone: called with the others, it
+    #: returns a function of the first, or ``None`` where it cannot. The core has run the checks with
+    #: one first argument and calls the function with others of the same dtype, device and last size,
+    #: as long as the frozen tensors live at the same addresses; it must not keep them alive itself.
+    bind: Callable[..., Callable[[Any], Any] | None] | None = None
 
     def __post_init__(self) -> None:
         _expect(self, "op", isinstance(self.op, str), "the name of an op")
         _expect(self, "run", callable(self.run), "a callable")
         _expect(self, "accepts", self.accepts is None or callable(self.accepts), "a callable or None")
+        _expect(self, "bind", self.bind is None or callable(self.bind), "a callable or None")
 
 
 @dataclass(frozen=True)

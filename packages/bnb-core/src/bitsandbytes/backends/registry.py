@@ -35,6 +35,8 @@ class Registry:
         self.foreign_ops: set[tuple[str, str]] = set()
         #: Every problem that was reported, in order.
         self.reports: list[str] = []
+        #: Changes whenever other kernels may serve.
+        self.generation = 0
         self._libraries: dict[str, torch.library.Library] = {}
         self._entries: dict[tuple[str, str], Entry] = {}
         self._serving: dict[str, list[Plugin]] = {}
@@ -92,6 +94,23 @@ class Registry:
         found = self._entries.get((op, device))
         return None if found is None else found.call
 
+    def bind(self, op: str, first: torch.Tensor, *frozen: Any) -> Callable[[torch.Tensor], Any] | None:
+        """A function of an op's first argument that calls the kernel with the others as they are now.
+
+        For callers who know that nothing traces or intercepts the call, and who keep the frozen tensors
+        where they are. ``None`` where the op is not served by a kernel that offers this.
+
+        Raises:
+            ArgumentError: the arguments break the contract.
+        """
+        if (op, first.device.type) not in self._entries:
+            return None
+        kernel = next(iter(self._kernels(OPS[op], first.device.type)), None)
+        if kernel is None or kernel.bind is None or kernel.accepts is not None:
+            return None
+        OPS[op].check(first, *frozen)
+        return kernel.bind(*frozen)
+
     def verify(self) -> None:
         """Probe and load every backend now, so that every problem is reported now.
 
@@ -140,6 +159,7 @@ class Registry:
     # --- routing ----------------------------------------------------------------------------------
 
     def _admit(self, plugin: Plugin) -> None:
+        self.generation += 1
         self._on_reference.clear()
         self._serving.clear()
         for entry in self._entries.values():

@@ -120,7 +120,7 @@ def _progress(label: str, as_json: bool) -> Iterator[Callable[[int, int], None]]
 def _print(result: Conformance) -> None:
     output = console()
     rows = table(
-        "Op", "Native calls", "Passed", "Failed", "Declared gaps", title=f"Backend {result.name!r} on {result.device!r}"
+        "Op", "Native", "Passed", "Failed", "Declared gaps", title=f"Backend {result.name!r} on {result.device!r}"
     )
     for op, report in sorted(result.ops.items()):
         rows.add_row(
@@ -142,13 +142,12 @@ def _print(result: Conformance) -> None:
 
 
 def _native(report: OpReport, counts_native: bool) -> Text:
-    """How many of the calls with ordinary arguments the backend's own kernel served."""
+    """In how many of the checks that call the op with valid arguments the backend's own kernel ran."""
     if not counts_native:
         return Text("not known")
-    if report.native_calls == 0:
+    if report.native == 0:
         return Text("-")
-    whole = report.native_calls == report.value_calls
-    return styled(f"{report.native_calls} of {report.value_calls}", "good" if whole else "poor")
+    return styled(f"{report.native} of {report.calling}", "good" if report.native == report.calling else "poor")
 
 
 def _print_list(title: str, entries: list[tuple[str, str]], mood: str) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from bitsandbytes.autograd.int8 import quantize_weight
+from bitsandbytes.nn.foreign import can_exchange_data
 
 ATTRIBUTES = ("CB", "SCB", "has_fp16_weights")
 
@@ -55,9 +56,13 @@ class Int8Params(torch.nn.Parameter):
             return self.to(device)
         codes, absmax = quantize_weight(self.data.to(device))
         self.requires_grad_(False)
-        self.data = codes
-        self.CB, self.SCB = self.data, absmax
-        return self
+        quantized = self
+        if can_exchange_data(self, codes):
+            self.data = codes
+        else:
+            quantized = self._with_data(codes)
+        quantized.CB, quantized.SCB = quantized.data, absmax
+        return quantized
 
     def to(self, *args: Any, **kwargs: Any) -> Int8Params:
         """Move to a device, quantizing on the first move of a weight in floating point.

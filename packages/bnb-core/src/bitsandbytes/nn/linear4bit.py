@@ -7,10 +7,12 @@ from typing import Any
 
 import torch
 
-from bitsandbytes.autograd.fourbit import linear_4bit
+from bitsandbytes.autograd.fourbit import frozen_arguments, linear_4bit
 from bitsandbytes.errors import ArgumentError
+from bitsandbytes.nn.bound import bound_of, is_intercepted
 from bitsandbytes.nn.params4bit import Params4bit
 from bitsandbytes.nn.storage4bit import Storage4bit, fix_4bit_weight_quant_state_from_module
+from bitsandbytes.ops.common import NESTED_BLOCKSIZE
 from bitsandbytes.state import QuantState
 
 
@@ -67,19 +69,39 @@ class Linear4bit(Storage4bit, torch.nn.Linear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Apply the layer to ``x`` of shape ``(..., input_features)``."""
         weight: Any = self._parameters["weight"]
+        bias = self._parameters["bias"]
         state = getattr(weight, "quant_state", None)
         if state is None:
             return self._forward_unusual(x)
         if not self.compute_type_is_set:
             self.set_compute_type(x)
-        dtype, bias = x.dtype, self._parameters["bias"]
+        dtype = x.dtype
         compute_dtype = self.compute_dtype
         # Integers go to the op as they are, which refuses them.
         if compute_dtype is None or compute_dtype == dtype or not x.is_floating_point():
-            return linear_4bit(x, weight, state, bias)
+            if torch.compiler.is_compiling():
+                return linear_4bit(x, weight, state, bias)
+            return self._multiply(x, weight, state, bias)
         if compute_dtype == torch.float32 and x.is_cuda:
             _warn_slow_compute(dtype)
         return linear_4bit(x.to(compute_dtype), weight, state, bias).to(dtype)
+
+    def _multiply(
+        self, x: torch.Tensor, weight: Any, state: QuantState, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        """The product, by the short way where there is one."""
+        bound, nested = bound_of(self), state.state2
+        statistics = (state.absmax,) if nested is None else (state.absmax, nested.absmax)
+        if bound.takes(x, weight, bias, *statistics):
+            return bound.run(x)
+        result = linear_4bit(x, weight, state, bias)
+        # Other nested blocks are expanded for each call.
+        usual = nested is None or nested.blocksize == NESTED_BLOCKSIZE
+        if usual and not result.requires_grad and not is_intercepted():
+            with torch._C.DisableTorchFunctionSubclass():
+                packed = weight.detach()
+            bound.bind("gemm_4bit", x, weight, bias, statistics, frozen_arguments(packed, state, bias))
+        return result
 
     def _forward_unusual(self, x: torch.Tensor) -> torch.Tensor:
         """Forward with a weight that has no state: lost, tied, replaced or not yet quantized."""

@@ -8,6 +8,7 @@ import torch
 
 from bitsandbytes.autograd.int8 import matmul
 from bitsandbytes.autograd.lt_state import MatmulLtState
+from bitsandbytes.nn.bound import bound_of, is_intercepted
 from bitsandbytes.nn.int8_params import Int8Params
 from bitsandbytes.nn.storage8bit import Storage8bit
 
@@ -67,7 +68,22 @@ class Linear8bitLt(Storage8bit, torch.nn.Linear):
             return torch.nn.functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
         if weight.dtype == torch.int8:
             self.init_8bit_state()
+            if not torch.compiler.is_compiling():
+                return self._multiply(x, weight, bias)
         elif not state.has_fp16_weights:
             # Not moved to a device yet: nothing of another weight may be left in the state.
             state.reset_grads()
         return matmul(x, weight, bias=bias, state=state)
+
+    def _multiply(self, x: torch.Tensor, weight: Any, bias: torch.Tensor | None) -> torch.Tensor:
+        """The product with an int8 weight, by the short way where there is one."""
+        state, bound = self.state, bound_of(self)
+        plain = state.outlier_pool is None and state.SCB is not None
+        if plain and bound.threshold == state.threshold and bound.takes(x, weight, bias, state.SCB):
+            return bound.run(x)
+        result = matmul(x, weight, bias=bias, state=state)
+        if plain and not result.requires_grad and not is_intercepted():
+            bound.threshold = state.threshold
+            frozen = (weight.detach(), state.SCB, state.threshold, bias)
+            bound.bind("int8_linear", x, weight, bias, (state.SCB,), frozen)
+        return result

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from bitsandbytes.functional import DEFAULT_BLOCKSIZE_4BIT, quantize_4bit
+from bitsandbytes.nn.foreign import can_exchange_data
 from bitsandbytes.state import QuantState
 
 #: Names of the attributes, in the order in which they lie in ``__dict__``. Downstream libraries
@@ -131,11 +132,15 @@ class Params4bit(torch.nn.Parameter):
         )
         if not packed.is_floating_point():
             self.requires_grad_(False)
-        self.data = packed
-        self.quant_state = state
-        self.bnb_quantized = True
-        self._tell_module()
-        return self
+        quantized = self
+        if can_exchange_data(self, packed):
+            self.data = packed
+        else:
+            quantized = self._with_data(packed)
+        quantized.quant_state = state
+        quantized.bnb_quantized = True
+        quantized._tell_module()
+        return quantized
 
     def _tell_module(self) -> None:
         # A sharding library may replace the parameter by a plain one; the layer then restores the

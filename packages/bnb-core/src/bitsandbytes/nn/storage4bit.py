@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from bitsandbytes.errors import CheckpointError
+from bitsandbytes.nn.foreign import moving_weight
 from bitsandbytes.nn.params4bit import Params4bit
 from bitsandbytes.state import QuantState
 
@@ -36,7 +37,8 @@ class Storage4bit(torch.nn.Module):
     quant_state: QuantState | None
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        super()._apply(fn, recurse)
+        with moving_weight(self, fn):
+            super()._apply(fn, recurse)
         weight: Any = self._parameters.get("weight")
         state = getattr(weight, "quant_state", None)
         # torch moves the data under a parameter that stays; its state has to follow.

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from bitsandbytes.errors import CheckpointError
+from bitsandbytes.nn.foreign import moving_weight
 from bitsandbytes.nn.int8_params import Int8Params
 from bitsandbytes.utils import INVERSE_LINEAR_8BIT_WEIGHTS_FORMAT_MAPPING, LINEAR_8BIT_WEIGHTS_FORMAT_MAPPING
 
@@ -55,7 +56,8 @@ class Storage8bit(torch.nn.Module):
         self._register_load_state_dict_pre_hook(maybe_rearrange_weight)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        super()._apply(fn, recurse)
+        with moving_weight(self, fn):
+            super()._apply(fn, recurse)
         self._follow_weight()
         return self
 

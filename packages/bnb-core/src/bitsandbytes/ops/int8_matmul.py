@@ -117,7 +117,8 @@ def outputs_int8_mm_dequant(
 
 
 @define_op(
-    "int8_mm_dequant(Tensor A, Tensor row_stats, Tensor col_stats, ScalarType? dtype=None, Tensor? bias=None) -> Tensor",
+    "int8_mm_dequant(Tensor A, Tensor row_stats, Tensor col_stats, ScalarType? dtype=None, Tensor? bias=None) "
+    "-> Tensor",
     check=check_int8_mm_dequant,
     outputs=outputs_int8_mm_dequant,
 )

@@ -30,8 +30,8 @@ class Case:
     #: Float64 truth of the first result; the reference where not given.
     truth: Callable[..., torch.Tensor] | None = None
     #: Judges an op that works in place: called with the arguments as they were before the call and as
-    #: they are after it, both on the CPU. Replaces the comparison of results.
-    judge: Callable[[Arguments, Arguments], None] | None = None
+    #: they are after it, both on the CPU, and with the device that they were on. Replaces the comparison of results.
+    judge: Callable[[Arguments, Arguments, torch.device], None] | None = None
     #: Says whether a result other than the reference's bits is as good, from the arguments, the position
     #: of the result, the result and the reference's; for devices whose arithmetic leaves a choice.
     alternative: Callable[[Arguments, int, torch.Tensor, torch.Tensor], bool] | None = None

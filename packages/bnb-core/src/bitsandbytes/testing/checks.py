@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-from bitsandbytes.codebooks import follows_cpu
 from bitsandbytes.contract import OPS
 from bitsandbytes.errors import ArgumentError
 from bitsandbytes.testing.case import Case
@@ -92,7 +91,7 @@ def _judge_call(under_test: DeviceUnderTest, case: Case, arguments: list[Any]) -
         judge(under_test.device, case, (*as_tuple(results), *written_tensors(case.op, arguments)))
         return
     demand(results is None, f"an op that works in place returned {type(results).__name__}")
-    case.judge(case.arguments(), tuple(on_cpu(argument) for argument in arguments))
+    case.judge(case.arguments(), tuple(on_cpu(argument) for argument in arguments), torch.device(under_test.device))
 
 
 def check_strided(under_test: DeviceUnderTest, case: Case) -> None:

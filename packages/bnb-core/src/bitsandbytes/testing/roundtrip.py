@@ -1,7 +1,7 @@
 """Quantize on the device, save as safetensors, load, dequantize on the device.
 
-A checkpoint is written by one backend and read by another. So the bytes in the file are the
-reference's, whichever device wrote them, and what is read back dequantizes to the reference's bits.
+A checkpoint is written by one backend and read by another. So the bytes in the file are those that
+the reference writes on the device, and they dequantize there to what the reference reads on the CPU.
 """
 
 from __future__ import annotations
@@ -68,9 +68,10 @@ def check_round_trip(under_test: DeviceUnderTest, item: RoundTrip) -> None:
     """What the device writes is what the reference writes, and it reads back as the reference reads it."""
     from safetensors.torch import load, save
 
-    written = item.write(_on_device, under_test.to_device(item.values()))
+    values = under_test.to_device(item.values())
+    written = item.write(_on_device, values)
     file = save({name: tensor.cpu().contiguous() for name, tensor in written.items()})
-    wanted = item.write(_on_reference, item.values())
+    wanted = item.write(_on_reference, values)
     demand(written.keys() == wanted.keys(), f"wrote the entries {sorted(written)}, expected {sorted(wanted)}")
     for name in ("weight",) if item.inexact else wanted:
         demand_same_bits(written[name], wanted[name], f"entry {name}")

@@ -1,0 +1,124 @@
+"""Repeated calls of a layer without torch's dispatcher.
+
+A layer whose weight does not change calls the same kernel with the same operands again and again, for
+other activations. Dispatch, checks and the look-up of addresses then cost more than a small product. A
+:class:`BoundLinear` has them done once, and knows when they have to be done again.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+
+from bitsandbytes.backends.registry import REGISTRY
+
+_without_subclass = torch._C.DisableTorchFunctionSubclass
+
+#: A layer that has been bound this often without use of it changes too much to be worth it.
+MOST_ATTEMPTS = 16
+
+
+def is_intercepted() -> bool:
+    """Whether something looks on at calls of ops: a mode, a transform, a trace or the profiler."""
+    return bool(
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
+        or torch._C._autograd._profiler_enabled()
+    )
+
+
+def pointer(tensor: torch.Tensor | None) -> int:
+    """Address of a tensor's data, whatever class it has."""
+    if tensor is None:
+        return 0
+    with _without_subclass():
+        return tensor.data_ptr()
+
+
+class BoundLinear:
+    """A product bound to a weight, its statistics and a bias.
+
+    It keeps no tensor alive: offloading takes weights away behind a layer's back.
+    """
+
+    __slots__ = (
+        "attempts",
+        "bias",
+        "device",
+        "dtype",
+        "generation",
+        "pointers",
+        "run",
+        "threshold",
+        "weight",
+        "width",
+    )
+
+    def __init__(self) -> None:
+        self.run: Any = None
+        #: Outlier threshold that an int8 product is bound to.
+        self.threshold = 0.0
+        self.attempts = 0
+        self.generation = -1
+
+    def takes(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *statistics: torch.Tensor
+    ) -> bool:
+        """Whether :attr:`run` may be called with ``x`` for these operands."""
+        if (
+            self.run is None
+            or type(x) is not torch.Tensor
+            or x.dtype is not self.dtype
+            or x.device != self.device
+            or x.shape[-1] != self.width
+            or self.weight() is not weight
+            or self.generation != REGISTRY.generation
+            or self.pointers != (pointer(weight), pointer(bias), *[tensor.data_ptr() for tensor in statistics])
+            or (bias is not None and bias.dtype is not self.bias)
+        ):
+            return False
+        if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+            return False
+        return not is_intercepted()
+
+    def bind(
+        self,
+        op: str,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        statistics: tuple[torch.Tensor, ...],
+        frozen: tuple[Any, ...],
+    ) -> None:
+        """Bind anew, after a call with these operands has gone the long way."""
+        if self.run is None and self.generation == REGISTRY.generation:
+            # No kernel offers it.
+            return
+        self.attempts += 1
+        if self.attempts > MOST_ATTEMPTS or type(x) is not torch.Tensor or x.dim() == 0:
+            self.run = None
+            return
+        self.run = REGISTRY.bind(op, x, *frozen)
+        self.generation = REGISTRY.generation
+        self.dtype, self.device, self.width = x.dtype, x.device, x.shape[-1]
+        self.weight = weakref.ref(weight)
+        self.bias = None if bias is None else bias.dtype
+        self.pointers = (pointer(weight), pointer(bias), *[tensor.data_ptr() for tensor in statistics])
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> BoundLinear:
+        return BoundLinear()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return BoundLinear, ()
+
+
+def bound_of(module: torch.nn.Module) -> BoundLinear:
+    """The binding of a layer, which lies beside its attributes and is not copied along."""
+    found = module.__dict__.get("_bound")
+    if found is None:
+        found = module.__dict__["_bound"] = BoundLinear()
+    return found

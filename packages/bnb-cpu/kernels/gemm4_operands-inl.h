@@ -1,0 +1,158 @@
+// The two sides of a product with a 4-bit weight in the words of gemm-inl.h.
+#pragma once
+
+#include "gemm4_weight-inl.h"
+
+namespace bnb_cpu {
+namespace BNB_ISA {
+
+// Decoded weights and activations as float.
+struct FloatOperands {
+  using Product = FloatProduct;
+  using Word = float;
+  static constexpr int kPerWord = 1;
+
+  template <class T>
+  static void set(Word* words, int64_t, T value) {
+    words[0] = bnb::to_float(value);
+  }
+
+  static int64_t place(int64_t k) { return grouped(k); }
+
+  // Elements [k, k + count) of a row of the weight, zeros up to whole groups.
+  static void decode(const Weight4& weight, const Table16& table, int64_t row, int64_t k, int64_t count, Word* out) {
+    decode_row(weight, table, row, k, count, out);
+  }
+
+  // The same for the two rows that share words; here, one.
+  static void decode_lanes(const Weight4& weight, const Table16& table, int64_t step, int64_t k, int64_t count,
+                           Word* out) {
+    decode_row(weight, table, step, k, count, out);
+  }
+};
+
+#ifdef BNB_AVX512BF16
+struct BFloat16Product {
+  using Word = int32_t;
+  using Sum = F32;
+  static F32 zero() { return splat(0.0f); }
+  static F32 load(const Word* p) { return BNB_ISA::load(reinterpret_cast<const float*>(p)); }
+  static void store(Word* p, F32 a) { BNB_ISA::store(reinterpret_cast<float*>(p), a); }
+  static F32 step(F32 sum, const Word* lanes, Word word) {
+    return {_mm512_dpbf16_ps(sum.v, reinterpret_cast<__m512bh>(_mm512_loadu_si512(lanes)),
+                             reinterpret_cast<__m512bh>(_mm512_set1_epi32(word)))};
+  }
+};
+
+// Both as pairs of bfloat16, the weight rounded from its product with absmax, as a layer with a
+// dequantized weight has it. Subnormal numbers count as zero.
+struct BFloat16Operands {
+  using Product = BFloat16Product;
+  using Word = int32_t;
+  static constexpr int kPerWord = 2;
+
+  static void set(Word* words, int64_t part, bnb::BFloat16 value) {
+    memcpy(reinterpret_cast<char*>(words) + 2 * part, &value, sizeof value);
+  }
+
+  static int64_t place(int64_t k) { return grouped_words(k); }
+
+  static void decode(const Weight4& weight, const Table16& table, int64_t row, int64_t k, int64_t count, Word* out) {
+    if (!weight.grouped_order) {
+      float values[kChunk];
+      decode_row(weight, table, row, k, count, values);
+      for (int64_t at = 0; at < count; at += 2 * kLanes) {
+        _mm512_storeu_si512(out + at / 2, round_words(load(values + at), load(values + at + kLanes)));
+      }
+      return;
+    }
+    float buffer[kMaxScales + kLanes];
+    const Scales4 scales = scales_of(weight, row, k, count, buffer);
+    const int64_t element = row * weight.width + k, whole = count / kGroup * kGroup;
+    const uint8_t* from = weight.packed + element / 2;
+    if (weight.blocksize >= kGroup / 2 && element % (kGroup / 2) == 0) {
+      decode_halves(scales, table, from, element, whole, out);
+    } else {
+      for (int64_t at = 0; at < whole; at += kGroup) {
+        const F32 scale = scales.of_group(element + at);
+        decode_group(load_dwords(from + at / 2), scale, splat(-1), table, out + at / 2);
+      }
+    }
+    if (whole < count) {
+      const int64_t dwords = (count - whole) / 8;
+      decode_group(load_dwords(from + whole / 2, dwords), scales.of_group(element + whole), lane_mask(dwords), table,
+                   out + whole / 2);
+    }
+  }
+
+  // A word holds the same element of two rows.
+  static void decode_lanes(const Weight4& weight, const Table16& table, int64_t step, int64_t k, int64_t count,
+                           Word* out) {
+    float first[kChunk], second[kChunk];
+    const int64_t row = 2 * step, padded = round_up(count, kGroup);
+    decode_row(weight, table, row, k, count, first);
+    if (row + 1 < weight.rows) {
+      decode_row(weight, table, row + 1, k, count, second);
+    } else {
+      memset(second, 0, static_cast<size_t>(padded) * sizeof(float));
+    }
+    for (int64_t at = 0; at < padded; at += kLanes) {
+      _mm512_storeu_si512(out + at, interleave(load(first + at), load(second + at)));
+    }
+  }
+
+ private:
+  // Words of lane l: low[l], high[l].
+  static __m512i interleave(F32 low, F32 high) {
+    const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    const __m512i index =
+        _mm512_or_si512(lanes, _mm512_slli_epi32(_mm512_add_epi32(lanes, _mm512_set1_epi32(kLanes)), 16));
+    return _mm512_permutexvar_epi16(index, round_words(low, high));
+  }
+
+  // One group: nibbles j and j + 4 of a dword are nibble j of its words.
+  static void decode_group(I32 codes, F32 scale, I32 mask, const Table16& table, Word* out) {
+    F32 values[8];
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) {
+      values[i] = float_of(bits_of(lookup(table, codes) * scale) & mask);
+      codes = shift_right<4>(codes);
+    }
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+      _mm512_storeu_si512(out + j * kLanes, interleave(values[j], values[j + 4]));
+    }
+  }
+
+  // Groups of which each half lies in one block: the table is scaled and rounded once per half, and one look-up
+  // gives 32 weights.
+  static void decode_halves(const Scales4& scales, const Table16& table, const uint8_t* from, int64_t element,
+                            int64_t count, Word* out) {
+    for (int64_t at = 0; at < count; at += kGroup) {
+      const F32 low = {_mm512_mul_ps(table.entries, splat(scales.of_element(element + at)).v)};
+      const F32 high = {_mm512_mul_ps(table.entries, splat(scales.of_element(element + at + kGroup / 2)).v)};
+      const __m512i scaled = round_words(low, high);
+      __m512i codes = _mm512_loadu_si512(from + at / 2);
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) {
+        _mm512_storeu_si512(out + at / 2 + j * kLanes, lookup_halves(codes, scaled));
+        codes = _mm512_srli_epi16(codes, 4);
+      }
+    }
+  }
+};
+#endif
+
+template <class T>
+struct OperandsOf {
+  using type = FloatOperands;
+};
+#ifdef BNB_AVX512BF16
+template <>
+struct OperandsOf<bnb::BFloat16> {
+  using type = BFloat16Operands;
+};
+#endif
+
+}  // namespace BNB_ISA
+}  // namespace bnb_cpu

@@ -1,0 +1,126 @@
+// Matrix products of a group of four warps on compute capability 9.0: the left operand in registers or
+// shared memory, the right one in shared memory, the sum in registers.
+//
+// Shared memory holds rows of 128 bytes, 16-byte pieces swizzled by row: piece p of row r lies at place
+// p ^ (r % 8). Tiles begin at multiples of 1024 bytes.
+#pragma once
+
+#include "copies.h"
+
+// Only the architecture-specific target has these instructions.
+#if !defined(BNB_HIP) && defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define BNB_WGMMA 1
+#else
+#define BNB_WGMMA 0
+#endif
+
+namespace bnb_gpu {
+
+constexpr int kSwizzledRowBytes = 128;
+constexpr int kSwizzleTile = 1024;
+
+// Offset in bytes of a 16-byte piece of a row.
+__device__ __forceinline__ int swizzled(int row, int piece) {
+  return row * kSwizzledRowBytes + ((piece ^ (row & 7)) * 16);
+}
+
+// Descriptor of a tile in shared memory. The pieces of 32 bytes along a row add 2 each.
+__device__ __forceinline__ uint64_t tile_descriptor(const void* tile) {
+  const uint64_t address = static_cast<uint64_t>(__cvta_generic_to_shared(tile));
+  constexpr uint64_t kGroupStride = uint64_t{kSwizzleTile / 16} << 32, kSwizzle128 = uint64_t{1} << 62;
+  return (address & 0x3ffffu) >> 4 | uint64_t{1} << 16 | kGroupStride | kSwizzle128;
+}
+
+// Makes this thread's writes to shared memory visible to the matrix units; a barrier follows.
+__device__ __forceinline__ void publish_to_matrix_units() {
+#if BNB_WGMMA
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
+
+// Before the first product of a batch, after its registers were written.
+__device__ __forceinline__ void begin_products() {
+#if BNB_WGMMA
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ void commit_products() {
+#if BNB_WGMMA
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+#endif
+}
+
+// Waits for all products; `sums` is not read before.
+template <class Sum, int kCount>
+__device__ __forceinline__ void wait_for_products(Sum (&sums)[kCount]) {
+#if BNB_WGMMA
+  asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    if constexpr (std::is_same_v<Sum, float>) {
+      asm volatile("" : "+f"(sums[i])::"memory");
+    } else {
+      asm volatile("" : "+r"(sums[i])::"memory");
+    }
+  }
+#endif
+}
+
+#define BNB_SUMS4(c, i) c(d[i]), c(d[i + 1]), c(d[i + 2]), c(d[i + 3])
+#define BNB_SUMS16(c, i) BNB_SUMS4(c, i), BNB_SUMS4(c, i + 4), BNB_SUMS4(c, i + 8), BNB_SUMS4(c, i + 12)
+#define BNB_PLACES16 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15"
+#define BNB_PLACES32 BNB_PLACES16 ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
+
+// d = a @ b.T (+ d) for 64 rows of a in registers, 32 or 64 rows of b and 16 columns, 16-bit values.
+#define BNB_PRODUCT_HALF(type, rows, places, a0, a1, a2, a3, b, keep, ...)                                        \
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" keep ", 0;\n"                                                  \
+               "wgmma.mma_async.sync.aligned.m64n" rows "k16.f32." type "." type " {" places "}, {%" a0 ",%" a1     \
+               ",%" a2 ",%" a3 "}, %" b ", p, 1, 1, 0;\n}\n"                                                       \
+               : __VA_ARGS__                                                                                       \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b_tile), "r"(static_cast<int>(add)))
+
+template <class T>
+__device__ __forceinline__ void multiply_group(float (&d)[16], const unsigned (&a)[4], uint64_t b_tile, bool add) {
+#if BNB_WGMMA
+  if constexpr (std::is_same_v<T, half_t>) {
+    BNB_PRODUCT_HALF("f16", "32", BNB_PLACES16, "16", "17", "18", "19", "20", "21", BNB_SUMS16("+f", 0));
+  } else {
+    BNB_PRODUCT_HALF("bf16", "32", BNB_PLACES16, "16", "17", "18", "19", "20", "21", BNB_SUMS16("+f", 0));
+  }
+#endif
+}
+
+template <class T>
+__device__ __forceinline__ void multiply_group(float (&d)[32], const unsigned (&a)[4], uint64_t b_tile, bool add) {
+#if BNB_WGMMA
+  if constexpr (std::is_same_v<T, half_t>) {
+    BNB_PRODUCT_HALF("f16", "64", BNB_PLACES32, "32", "33", "34", "35", "36", "37", BNB_SUMS16("+f", 0),
+                     BNB_SUMS16("+f", 16));
+  } else {
+    BNB_PRODUCT_HALF("bf16", "64", BNB_PLACES32, "32", "33", "34", "35", "36", "37", BNB_SUMS16("+f", 0),
+                     BNB_SUMS16("+f", 16));
+  }
+#endif
+}
+
+// The same for int8 with both operands in shared memory, 32 columns, exact in int32.
+#define BNB_PRODUCT_INT8(rows, places, a, b, keep, ...)                                                            \
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" keep ", 0;\n"                                                  \
+               "wgmma.mma_async.sync.aligned.m64n" rows "k32.s32.s8.s8 {" places "}, %" a ", %" b ", p;\n}\n"      \
+               : __VA_ARGS__                                                                                       \
+               : "l"(a_tile), "l"(b_tile), "r"(static_cast<int>(add)))
+
+__device__ __forceinline__ void multiply_group(int (&d)[16], uint64_t a_tile, uint64_t b_tile, bool add) {
+#if BNB_WGMMA
+  BNB_PRODUCT_INT8("32", BNB_PLACES16, "16", "17", "18", BNB_SUMS16("+r", 0));
+#endif
+}
+
+__device__ __forceinline__ void multiply_group(int (&d)[32], uint64_t a_tile, uint64_t b_tile, bool add) {
+#if BNB_WGMMA
+  BNB_PRODUCT_INT8("64", BNB_PLACES32, "32", "33", "34", BNB_SUMS16("+r", 0), BNB_SUMS16("+r", 16));
+#endif
+}
+
+}  // namespace bnb_gpu
