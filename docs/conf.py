@@ -39,7 +39,9 @@ html_theme = "furo"
 html_title = f"bitsandbytes {release}"
 html_copy_source = False
 
-REDIRECT = '<!doctype html><meta http-equiv="refresh" content="0; url={page}.html"><link rel="canonical" href="{page}.html">'
+REDIRECT = (
+    '<!doctype html><meta http-equiv="refresh" content="0; url={page}.html"><link rel="canonical" href="{page}.html">'
+)
 
 
 def write_front_page(app: Any, exception: Exception | None) -> None:

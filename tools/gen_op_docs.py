@@ -220,16 +220,19 @@ def index(ops: list[Op], implementations: dict[str, list[tuple[str, str, str]]])
         have = {package: accepts for package, _function, accepts in implementations.get(op.name, ())}
         marks = ["" if package not in have else "in part" if have[package] else "yes" for package in packages]
         rows.append(f"| [`{op.name}`]({anchor(op.name)}) | {parse(op.doc).summary} | {' | '.join(marks)} |")
-    return "\n\n".join(
-        [
-            "# Ops",
-            NOTICE.strip(),
-            f"The contracts of all ops, op API {OP_API_VERSION}. The last columns say which backend of this repository "
-            "has a kernel of its own; *in part* means that it declines some calls. The reference serves what is left. "
-            "[Versions](../op-api.md) says what may change, and when.",
-            "\n".join(rows),
-        ]
-    ) + "\n"
+    return (
+        "\n\n".join(
+            [
+                "# Ops",
+                NOTICE.strip(),
+                f"The contracts of all ops, op API {OP_API_VERSION}. The last columns say which backend of this repository "
+                "has a kernel of its own; *in part* means that it declines some calls. The reference serves what is left. "
+                "[Versions](../op-api.md) says what may change, and when.",
+                "\n".join(rows),
+            ]
+        )
+        + "\n"
+    )
 
 
 def pages() -> dict[str, str]:

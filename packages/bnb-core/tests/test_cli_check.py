@@ -201,7 +201,9 @@ def test_wrong_usage(plugin_site, arguments, text):
 
 
 def test_a_backend_that_cannot_be_checked_here(plugin_site):
-    plugin_site.install("faulty", FAULTY.replace("Availability(True)", "Availability(False, 'no card in this machine')"))
+    plugin_site.install(
+        "faulty", FAULTY.replace("Availability(True)", "Availability(False, 'no card in this machine')")
+    )
     code, result = check(plugin_site, "faulty")
     assert code == 1
     assert "backend 'faulty' cannot be checked here: no card in this machine" in result.stderr

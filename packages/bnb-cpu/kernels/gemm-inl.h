@@ -8,7 +8,7 @@
 #pragma once
 
 #include "scratch-inl.h"
-#include "simd-inl.h"
+#include "transpose-inl.h"
 
 namespace bnb_cpu {
 namespace BNB_ISA {
@@ -228,35 +228,28 @@ void multiply_blocked(int threads, int64_t lane_rows, int64_t rows, int64_t step
 
 // --- storing -----------------------------------------------------------------------------------------------
 
-BNB_FN void put_value(float value, float& out) { out = value; }
-BNB_FN void put_value(float value, bnb::Half& out) { out = bnb::to_half(value); }
-BNB_FN void put_value(float value, bnb::BFloat16& out) { out = bnb::to_bfloat16(value); }
-BNB_FN void put_value(int32_t value, int32_t& out) { out = value; }
-
-// out[lane * stride + row] = values[row * value_stride + lane].
+// out[lane * stride + row] = values[row * value_stride + lane]. The lanes up to the next multiple of kLanes exist.
 template <class Word, class T>
 void store_transposed(const Word* values, int64_t value_stride, int64_t lane_count, int64_t row_count, T* out,
                       int64_t stride) {
-  constexpr int64_t kBlock = 16;
-  Word block[kBlock][kBlock];
-  for (int64_t row = 0; row < row_count; row += kBlock) {
-    const int64_t rows = min_of(kBlock, row_count - row);
-    for (int64_t lane = 0; lane < lane_count; lane += kBlock) {
-      const int64_t lanes = min_of(kBlock, lane_count - lane);
-      for (int64_t r = 0; r < rows; ++r) {
-        const Word* from = values + (row + r) * value_stride + lane;
-        for (int64_t l = 0; l < lanes; ++l) {
-          block[l][r] = from[l];
-        }
+  using Vector = decltype(load(values));
+  for (int64_t row = 0; row < row_count; row += kLanes) {
+    const int64_t rows = min_of(kLanes, row_count - row);
+    for (int64_t lane = 0; lane < lane_count; lane += kLanes) {
+      const int64_t lanes = min_of(kLanes, lane_count - lane);
+      Vector block[kLanes];
+      for (int64_t r = 0; r < kLanes; ++r) {
+        block[r] = load(values + (row + (r < rows ? r : 0)) * value_stride + lane);
       }
+      transpose(block);
       for (int64_t l = 0; l < lanes; ++l) {
-        T* to = out + (lane + l) * stride + row;
-        int64_t r = 0;
-        for (; r + kLanes <= rows; r += kLanes) {
-          store(to + r, load(block[l] + r));
-        }
-        for (; r < rows; ++r) {
-          put_value(block[l][r], to[r]);
+        T* const to = out + (lane + l) * stride + row;
+        if (rows == kLanes) {
+          store(to, block[l]);
+        } else {
+          T whole[kLanes];
+          store(whole, block[l]);
+          memcpy(to, whole, static_cast<size_t>(rows) * sizeof(T));
         }
       }
     }

@@ -12,25 +12,50 @@ namespace BNB_ISA {
 
 // --- activations times the transposed weight -------------------------------------------------------------
 
+// Elements [first, last) of a group for `lane_count` lanes, one by one.
+template <class Operands, class T>
+void pack_scalars(const T* a, int64_t width, bool grouped_order, int64_t lane_count, int64_t first, int64_t last,
+                  typename Operands::Word* words, int64_t lanes) {
+  for (int64_t lane = 0; lane < lane_count; ++lane) {
+    for (int64_t k = first; k < last; ++k) {
+      const int64_t place = grouped_order ? Operands::place(k) : k;
+      Operands::set(words + place / Operands::kPerWord * lanes + lane, place % Operands::kPerWord, a[lane * width + k]);
+    }
+  }
+}
+
 // Activations along the lanes, elements of a row along the steps in the order of the weight.
 template <class Operands, class T>
 void pack_activations(const T* a, int64_t width, bool grouped_order, int64_t lane_count, int64_t step, int64_t steps,
                       typename Operands::Word* words, int64_t lanes) {
+  using Word = typename Operands::Word;
   constexpr int kPerWord = Operands::kPerWord;
   const int64_t first = step * kPerWord, last = min_of((step + steps) * kPerWord, width);
   if (lane_count < lanes || last < (step + steps) * kPerWord) {
     memset(words, 0, static_cast<size_t>(steps * lanes) * sizeof(*words));
   }
   // Group by group, so that what is written stays in the first-level cache.
+  constexpr int64_t kBlock = kLanes * kPerWord;
   for (int64_t group = first; group < last; group += kGroup) {
-    const int64_t count = min_of(kGroup, last - group);
-    for (int64_t lane = 0; lane < lane_count; ++lane) {
-      const T* from = a + lane * width + group;
-      for (int64_t k = 0; k < count; ++k) {
-        const int64_t place = group - first + (grouped_order ? Operands::place(k) : k);
-        Operands::set(words + place / kPerWord * lanes + lane, place % kPerWord, from[k]);
+    const int64_t count = min_of(kGroup, last - group), whole = count / kBlock * kBlock;
+    Word* const to = words + (group - first) / kPerWord * lanes;
+    int64_t lane = 0;
+    for (; lane + kLanes <= lane_count; lane += kLanes) {
+      for (int64_t k = 0; k < whole; k += kBlock) {
+        F32 block[kLanes];
+        for (int i = 0; i < kLanes; ++i) {
+          const F32 row = Operands::words_at(a + (lane + i) * width + group + k);
+          block[i] = grouped_order ? Operands::arranged(row) : row;
+        }
+        transpose(block);
+        for (int i = 0; i < kLanes; ++i) {
+          Operands::Product::store(to + Operands::step_of(k, i, grouped_order) * lanes + lane, block[i]);
+        }
       }
+      pack_scalars<Operands>(a + lane * width + group, width, grouped_order, kLanes, whole, count, to + lane, lanes);
     }
+    pack_scalars<Operands>(a + lane * width + group, width, grouped_order, lane_count - lane, 0, count, to + lane,
+                           lanes);
   }
 }
 

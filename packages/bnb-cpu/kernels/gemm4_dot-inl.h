@@ -344,8 +344,12 @@ void dot_weight(const Weight4& weight, const typename Dot::Word* acts, int threa
           dot_chunk<Dot, 1, kActs>(dot, weight, first + r, k, count, acts, totals + r * kActs);
         }
       }
+      float sums[kDotBlock * kActs];
+      for (int64_t i = 0; i < rows * kActs; i += kLanes) {
+        BNB_ISA::store(sums + i, sums_of_lanes(totals + i));
+      }
       for (int64_t i = 0; i < rows * kActs; ++i) {
-        store(first + i / kActs, i % kActs, reduce_add(totals[i]));
+        store(first + i / kActs, i % kActs, sums[i]);
       }
     }
   });

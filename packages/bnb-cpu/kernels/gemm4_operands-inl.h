@@ -17,6 +17,15 @@ struct FloatOperands {
     words[0] = bnb::to_float(value);
   }
 
+  // Words of consecutive elements of a row, kLanes of them, and the step of word i relative to the group that they
+  // begin in; `k` is relative to the group too.
+  template <class T>
+  static F32 words_at(const T* from) {
+    return load(from);
+  }
+  static int64_t step_of(int64_t k, int64_t i, bool grouped_order) { return grouped_order ? grouped(k + i) : k + i; }
+  static F32 arranged(F32 words) { return words; }
+
   static int64_t place(int64_t k) { return grouped(k); }
 
   // Elements [k, k + count) of a row of the weight, zeros up to whole groups.
@@ -53,6 +62,18 @@ struct BFloat16Operands {
 
   static void set(Word* words, int64_t part, bnb::BFloat16 value) {
     memcpy(reinterpret_cast<char*>(words) + 2 * part, &value, sizeof value);
+  }
+
+  // Elements that share a word stand next to each other in plain order, and four apart in grouped order, where
+  // each part of eight elements is rearranged.
+  static F32 words_at(const bnb::BFloat16* from) { return {_mm512_castsi512_ps(_mm512_loadu_si512(from))}; }
+  static int64_t step_of(int64_t k, int64_t i, bool grouped_order) {
+    return grouped_order ? k / 8 + i / 4 + (i % 4) * kLanes : k / 2 + i;
+  }
+  static F32 arranged(F32 words) {
+    const __m512i order = _mm512_broadcast_i32x4(
+        _mm_set_epi8(13, 12, 5, 4, 15, 14, 7, 6, 9, 8, 1, 0, 11, 10, 3, 2));
+    return {_mm512_castsi512_ps(_mm512_shuffle_epi8(_mm512_castps_si512(words.v), order))};
   }
 
   static int64_t place(int64_t k) { return grouped_words(k); }

@@ -91,62 +91,74 @@ void arrange_int8(const int8_t* from, int64_t width, int m, Int8Dot::Word* out) 
   }
 }
 
-#if defined(__AVX2__)
-BNB_FN int32_t reduce_sum(I32 a) {
-#if defined(__AVX512F__)
-  return _mm512_reduce_add_epi32(a.v);
-#else
-  __m128i half = _mm_add_epi32(_mm256_castsi256_si128(a.v), _mm256_extracti128_si256(a.v, 1));
-  half = _mm_add_epi32(half, _mm_shuffle_epi32(half, _MM_SHUFFLE(1, 0, 3, 2)));
-  half = _mm_add_epi32(half, _mm_shuffle_epi32(half, _MM_SHUFFLE(2, 3, 0, 1)));
-  return _mm_cvtsi128_si32(half);
-#endif
-}
+// Rows of the weight that go through one stretch of the activations together.
+constexpr int64_t kInt8Block = 16;
 
-// out[r * kActs + m]: sums for kWeights rows of the weight, before the correction.
+#if defined(__AVX2__)
+// Vectors of sums, which are added up across lanes at the end.
+using Int8Total = I32;
+
+// Adds the products over elements [k, k + count) of kWeights weight rows to totals[r * kActs + m].
 template <int kWeights, int kActs>
-void dot_int8(const int8_t* weight, int64_t width, const Int8Dot::Word* acts, int32_t* out) {
+void dot_int8(const int8_t* weight, int64_t width, int64_t k, int64_t count, const Int8Dot::Word* acts,
+              Int8Total* totals) {
   I32 sums[kWeights][kActs];
+#pragma GCC unroll 4
   for (int r = 0; r < kWeights; ++r) {
+#pragma GCC unroll 8
     for (int m = 0; m < kActs; ++m) {
-      sums[r][m] = splat(0);
+      sums[r][m] = totals[r * kActs + m];
     }
   }
-  const auto add = [&](int64_t k, const auto&... count) {
+  const auto add = [&](int64_t at, const auto&... left) {
 #pragma GCC unroll 4
     for (int r = 0; r < kWeights; ++r) {
-      const auto words = Int8Dot::weights(weight + r * width + k, count...);
+      const auto words = Int8Dot::weights(weight + r * width + at, left...);
 #pragma GCC unroll 8
       for (int m = 0; m < kActs; ++m) {
-        sums[r][m] = Int8Dot::step(sums[r][m], words, acts + k * kActs + m * Int8Dot::kStep);
+        sums[r][m] = Int8Dot::step(sums[r][m], words, acts + at * kActs + m * Int8Dot::kStep);
       }
     }
   };
-  const int64_t whole = width / Int8Dot::kStep * Int8Dot::kStep;
-  for (int64_t k = 0; k < whole; k += Int8Dot::kStep) {
-    add(k);
+  const int64_t whole = k + count / Int8Dot::kStep * Int8Dot::kStep;
+  for (int64_t at = k; at < whole; at += Int8Dot::kStep) {
+    add(at);
   }
-  if (whole < width) {
-    add(whole, width - whole);
+  if (whole < k + count) {
+    add(whole, k + count - whole);
   }
+#pragma GCC unroll 4
   for (int r = 0; r < kWeights; ++r) {
+#pragma GCC unroll 8
     for (int m = 0; m < kActs; ++m) {
-      out[r * kActs + m] = reduce_sum(sums[r][m]);
+      totals[r * kActs + m] = sums[r][m];
     }
   }
 }
+
+BNB_FN void add_up(const Int8Total* totals, int64_t count, int32_t* sums) {
+  for (int64_t i = 0; i < count; i += kLanes) {
+    store(sums + i, sums_of_lanes(totals + i));
+  }
+}
 #else
+using Int8Total = uint32_t;
+
 template <int kWeights, int kActs>
-void dot_int8(const int8_t* weight, int64_t width, const int8_t* acts, int32_t* out) {
+void dot_int8(const int8_t* weight, int64_t width, int64_t k, int64_t count, const int8_t* acts, Int8Total* totals) {
   for (int r = 0; r < kWeights; ++r) {
     for (int m = 0; m < kActs; ++m) {
       uint32_t sum = 0;
-      for (int64_t k = 0; k < width; ++k) {
-        sum += static_cast<uint32_t>(static_cast<int32_t>(weight[r * width + k]) * acts[k * kActs + m]);
+      for (int64_t at = k; at < k + count; ++at) {
+        sum += static_cast<uint32_t>(static_cast<int32_t>(weight[r * width + at]) * acts[at * kActs + m]);
       }
-      out[r * kActs + m] = static_cast<int32_t>(sum);
+      totals[r * kActs + m] += sum;
     }
   }
+}
+
+BNB_FN void add_up(const Int8Total* totals, int64_t count, int32_t* sums) {
+  memcpy(sums, totals, static_cast<size_t>(count) * sizeof(int32_t));
 }
 #endif
 
@@ -155,33 +167,38 @@ template <int kActs, class Store>
 void multiply_int8_few(const int8_t* a, const int8_t* b, int64_t rows, int64_t width, int threads,
                        const Store& store) {
   using Word = Int8Dot::Word;
-  constexpr int kWeights = kLanes < 16 ? 2 : kActs <= 4 ? 4 : 3;
+  constexpr int kWeights = kActs <= 4 && kLanes == 16 ? 4 : 2;
+  // A stretch of the activations takes at most half of a first-level cache of 32 KiB.
+  constexpr int64_t kStretch = 16384 / (kActs * static_cast<int64_t>(sizeof(Word))) / Int8Dot::kStep * Int8Dot::kStep;
   const int64_t words = kActs * round_up(width, Int8Dot::kStep);
   Scratch scratch(Scratch::bytes_for<Word>(words));
   Word* const acts = scratch.take<Word>(words);
-  int32_t corrections[kActs];
+  uint32_t corrections[kActs];
   for (int m = 0; m < kActs; ++m) {
     arrange_int8<kActs>(a + m * width, width, m, acts);
-    corrections[m] = Int8Dot::correction(a + m * width, width);
+    corrections[m] = static_cast<uint32_t>(Int8Dot::correction(a + m * width, width));
   }
-  const int64_t units = ceil_divide(rows, kWeights), parts = parts_of(threads, units, rows * width * kActs);
+  const int64_t units = ceil_divide(rows, kInt8Block), parts = parts_of(threads, units, rows * width * kActs);
   parallel_parts(parts, units, [&](int64_t, int64_t begin, int64_t end) {
-    int32_t sums[kWeights * kActs];
-    const auto put = [&](int64_t row, int64_t m, int32_t sum) {
-      store(row, m, static_cast<int32_t>(static_cast<uint32_t>(sum) - static_cast<uint32_t>(corrections[m])));
-    };
-    int64_t row = begin * kWeights;
-    const int64_t last = min_of(end * kWeights, rows);
-    for (; row + kWeights <= last; row += kWeights) {
-      dot_int8<kWeights, kActs>(b + row * width, width, acts, sums);
-      for (int i = 0; i < kWeights * kActs; ++i) {
-        put(row + i / kActs, i % kActs, sums[i]);
+    for (int64_t unit = begin; unit < end; ++unit) {
+      const int64_t first = unit * kInt8Block, count = min_of(kInt8Block, rows - first);
+      Int8Total totals[kInt8Block * kActs];
+      memset(static_cast<void*>(totals), 0, sizeof totals);
+      for (int64_t k = 0; k < width; k += kStretch) {
+        const int64_t here = min_of(kStretch, width - k);
+        int64_t r = 0;
+        for (; r + kWeights <= count; r += kWeights) {
+          dot_int8<kWeights, kActs>(b + (first + r) * width, width, k, here, acts, totals + r * kActs);
+        }
+        for (; r < count; ++r) {
+          dot_int8<1, kActs>(b + (first + r) * width, width, k, here, acts, totals + r * kActs);
+        }
       }
-    }
-    for (; row < last; ++row) {
-      dot_int8<1, kActs>(b + row * width, width, acts, sums);
-      for (int m = 0; m < kActs; ++m) {
-        put(row, m, sums[m]);
+      int32_t sums[kInt8Block * kActs];
+      add_up(totals, kInt8Block * kActs, sums);
+      for (int64_t i = 0; i < count * kActs; ++i) {
+        const uint32_t sum = static_cast<uint32_t>(sums[i]) - corrections[i % kActs];
+        store(first + i / kActs, i % kActs, static_cast<int32_t>(sum));
       }
     }
   });

@@ -29,6 +29,9 @@ struct Int8Product {
     memcpy(&word, from, sizeof word);
     return static_cast<Word>(word ^ 0x80808080u);
   }
+  static I32 lane_words(const int8_t* from) {
+    return {_mm512_xor_si512(_mm512_loadu_si512(from), _mm512_set1_epi8(static_cast<char>(0x80)))};
+  }
 #else
 // Two int16 to a word.
 struct Int8Product {
@@ -59,6 +62,17 @@ struct Int8Product {
     }
   }
   static Word lane_word(const int8_t* from) { return pair(from[0], from[1]); }
+  static I32 lane_words(const int8_t* from) {
+#if defined(__AVX512F__)
+    return {_mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)))};
+#elif defined(__AVX2__)
+    return {_mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)))};
+#elif defined(__ARM_NEON)
+    return {vreinterpretq_s32_s16(vmovl_s8(vld1_s8(from)))};
+#else
+    return {lane_word(from)};
+#endif
+  }
 
  private:
   static Word pair(int8_t first, int8_t second) {
@@ -75,6 +89,20 @@ struct Int8Product {
   static void store(Word* p, I32 a) { BNB_ISA::store(p, a); }
 };
 
+// Steps [first, last) for `lane_count` lanes, one by one; rows have `count` elements from step 0 on.
+BNB_FN void pack_int8_scalars(const int8_t* a, int64_t count, int64_t stride, int64_t lane_count, int64_t first,
+                              int64_t last, int32_t* words, int64_t lanes) {
+  constexpr int kPerWord = Int8Product::kPerWord;
+  for (int64_t step = first; step < last; ++step) {
+    const int64_t here = min_of(kPerWord, count - step * kPerWord);
+    for (int64_t lane = 0; lane < lane_count; ++lane) {
+      int8_t bytes[kPerWord] = {};
+      memcpy(bytes, a + lane * stride + step * kPerWord, static_cast<size_t>(here));
+      words[step * lanes + lane] = Int8Product::lane_word(bytes);
+    }
+  }
+}
+
 BNB_FN void pack_int8(const int8_t* a, int64_t width, int64_t lane_count, int64_t step, int64_t steps, int32_t* words,
                       int64_t lanes) {
   constexpr int kPerWord = Int8Product::kPerWord;
@@ -82,25 +110,24 @@ BNB_FN void pack_int8(const int8_t* a, int64_t width, int64_t lane_count, int64_
     memset(words, 0, static_cast<size_t>(steps * lanes) * sizeof *words);
   }
   const int64_t whole = min_of(steps, width / kPerWord - step);
-  // A cache line of words at a time, so that each is written while it is there.
-  constexpr int64_t kTogether = 64;
-  for (int64_t first = 0; first < steps; first += kTogether) {
-    const int64_t last = min_of(first + kTogether, whole);
-    for (int64_t lane = 0; lane < lane_count; ++lane) {
-      const int8_t* from = a + lane * width + step * kPerWord;
-      for (int64_t s = first; s < last; ++s) {
-        words[s * lanes + lane] = Int8Product::lane_word(from + s * kPerWord);
+  const int8_t* const from = a + step * kPerWord;
+  int64_t lane = 0;
+  for (; lane + kLanes <= lane_count; lane += kLanes) {
+    int64_t s = 0;
+    for (; s + kLanes <= whole; s += kLanes) {
+      I32 block[kLanes];
+      for (int i = 0; i < kLanes; ++i) {
+        block[i] = Int8Product::lane_words(from + (lane + i) * width + s * kPerWord);
+      }
+      transpose(block);
+      for (int i = 0; i < kLanes; ++i) {
+        store(words + (s + i) * lanes + lane, block[i]);
       }
     }
+    pack_int8_scalars(from + lane * width, width - step * kPerWord, width, kLanes, s, steps, words + lane, lanes);
   }
-  if (whole < steps) {
-    for (int64_t lane = 0; lane < lane_count; ++lane) {
-      const int64_t k = (step + whole) * kPerWord;
-      int8_t bytes[4] = {};
-      memcpy(bytes, a + lane * width + k, static_cast<size_t>(width - k));
-      words[whole * lanes + lane] = Int8Product::lane_word(bytes);
-    }
-  }
+  pack_int8_scalars(from + lane * width, width - step * kPerWord, width, lane_count - lane, 0, steps, words + lane,
+                    lanes);
 }
 
 BNB_FN uint32_t sum_of_bytes(const int8_t* p, int64_t count) {
@@ -282,7 +309,7 @@ void scaled_int8_product(const int8_t* a, const int8_t* b, const float* row_stat
         store_transposed(reinterpret_cast<const float*>(sums), stride, lane_count, row_count, out + lane * rows + row,
                          rows);
       },
-      [&](int64_t row, int64_t m, int32_t sum) { put_value(epilogue(row, m, sum), out[m * rows + row]); });
+      [&](int64_t row, int64_t m, int32_t sum) { bnb::from_float(epilogue(row, m, sum), out[m * rows + row]); });
 }
 
 void int8_scaled_mm(const int8_t* a, const int8_t* b, const float* row_stats, const float* col_stats, int64_t count,

@@ -37,15 +37,14 @@ struct Kernel8 {
   }
 
   template <class V>
-  BNB_FN void move_element(const Tensor& t, int64_t i, const bnb::RuleConstants<V>& constants, const int32_t* noise,
-                           float (*values)[kUnit]) {
-    const int at = static_cast<int>(i % kUnit);
+  BNB_FN void move_element(const Tensor& t, int64_t start, int at, const bnb::RuleConstants<V>& constants,
+                           const int32_t* noise, float (*values)[kUnit]) {
     V states[kValues];
     for (int s = 0; s < kValues; ++s) {
       fetch(values[s] + at, states[s]);
     }
-    step_element<kRule>(static_cast<const T*>(t.g) + i, static_cast<T*>(t.p) + i, states, constants, t.skip_zeros,
-                        noise);
+    step_element<kRule>(static_cast<const T*>(t.g) + start + at, static_cast<T*>(t.p) + start + at, states, constants,
+                        t.skip_zeros, noise);
     for (int s = 0; s < kValues; ++s) {
       deposit(values[s] + at, states[s]);
     }
@@ -74,25 +73,24 @@ struct Kernel8 {
       decode(t, unit, size, values);
       int i = 0;
       for (; i + kLanes <= size; i += kLanes) {
-        move_element(t, start + i, vectors, noise ? noise + i : nullptr, values);
+        move_element(t, start, i, vectors, noise ? noise + i : nullptr, values);
       }
       for (; i < size; ++i) {
-        move_element(t, start + i, t.constants, noise ? noise + i : nullptr, values);
+        move_element(t, start, i, t.constants, noise ? noise + i : nullptr, values);
       }
       store_states(t, unit, size, values);
     }
   }
 
   template <class V>
-  BNB_FN void measure_one(const Tensor& t, int64_t i, const bnb::RuleConstants<V>& constants,
+  BNB_FN void measure_one(const Tensor& t, int64_t start, int at, const bnb::RuleConstants<V>& constants,
                           const float (*values)[kUnit], float* directions, float* parameters) {
-    const int at = static_cast<int>(i % kUnit);
     V states[kValues];
     for (int s = 0; s < kValues; ++s) {
       fetch(values[s] + at, states[s]);
     }
-    measure_element<kRule>(static_cast<const T*>(t.g) + i, static_cast<const T*>(t.p) + i, states, constants,
-                           t.skip_zeros, directions + at, parameters + at);
+    measure_element<kRule>(static_cast<const T*>(t.g) + start + at, static_cast<const T*>(t.p) + start + at, states,
+                           constants, t.skip_zeros, directions + at, parameters + at);
   }
 
   void measure(const Tensor& t, int64_t begin, int64_t end, double* sums) const {
@@ -104,10 +102,10 @@ struct Kernel8 {
       decode(t, unit, size, values);
       int i = 0;
       for (; i + kLanes <= size; i += kLanes) {
-        measure_one(t, start + i, vectors, values, directions, parameters);
+        measure_one(t, start, i, vectors, values, directions, parameters);
       }
       for (; i < size; ++i) {
-        measure_one(t, start + i, t.constants, values, directions, parameters);
+        measure_one(t, start, i, t.constants, values, directions, parameters);
       }
       *sums++ = sum_of_squares(directions, size);
       *sums++ = sum_of_squares(parameters, size);

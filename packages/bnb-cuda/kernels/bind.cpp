@@ -65,7 +65,7 @@ NB_MODULE(_C, m) {
   });
 
   m.def("gemm_4bit_fits", &gemm_4bit_fits);
-  // `path`: 0 plain arithmetic with the table `table`, 1 few rows, 2 tiles.
+  // `path` is a value of bnb_cuda.tuning.Path; plain arithmetic (0) needs the table `table`.
   m.def("gemm_4bit", [](int path, int split, int device, Pointer stream, Pointer a, int dtype, int64_t m, int64_t n,
                         int64_t k, Pointer packed, Pointer absmax, Pointer absmax_8bit, Pointer code, int code_size,
                         Pointer offset, int64_t blocksize, int quant_type, Pointer bias, int bias_dtype, Pointer out,
@@ -87,8 +87,10 @@ NB_MODULE(_C, m) {
       gemv_4bit(launch, p, as<const float>(table));
     } else if (path == 1) {
       gemm_4bit_few(launch, p);
-    } else {
+    } else if (path == 2) {
       gemm_4bit_tiles(launch, p, split);
+    } else {
+      gemm_4bit_groups(launch, p, split);
     }
   });
 

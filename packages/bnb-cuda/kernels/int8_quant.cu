@@ -21,9 +21,9 @@ __device__ __forceinline__ int8_t encode(float value, float absmax, float scale)
   return static_cast<int8_t>(scaled == scaled ? __float2int_rn(scaled) : 0);
 }
 
-// Largest magnitude of the values that are no outliers, on the bits: NaN is the largest of all.
+// Magnitude of a value that counts in absmax, on the bits; neither NaN nor an outlier does.
 __device__ __forceinline__ unsigned inlier_bits(float value, float threshold) {
-  const unsigned bits = bnb::magnitude_bits(value);
+  const unsigned bits = bnb::magnitude_bits_or_zero(value);
   return threshold > 0.0f && bnb::float_of(bits) >= threshold ? 0u : bits;
 }
 
@@ -243,16 +243,11 @@ void prepare(const Launch& launch, const Outliers& outliers, int64_t columns) {
   check(gpuMemsetAsync(outliers.flags, 0, ceil_div(columns, 32) * 4, launch.stream()), "int8 quantization");
 }
 
-void list_and_clear(const Launch& launch, const Outliers& outliers, int8_t* codes, int8_t* more_codes, int64_t rows,
-                    int64_t columns) {
+void list_and_clear(const Launch& launch, const Outliers& outliers, int8_t* codes, int64_t rows, int64_t columns) {
   list_columns<<<1, 1024, 0, launch.stream()>>>(outliers.flags, ceil_div(columns, 32), outliers.columns,
                                                outliers.count);
-  const unsigned grid = launch.grid(ceil_div(rows * 16, kThreads), 4);
-  for (int8_t* each : {codes, more_codes}) {
-    if (each != nullptr) {
-      clear_columns<<<grid, kThreads, 0, launch.stream()>>>(each, rows, columns, outliers.columns, outliers.count);
-    }
-  }
+  clear_columns<<<launch.grid(ceil_div(rows * 16, kThreads), 4), kThreads, 0, launch.stream()>>>(
+      codes, rows, columns, outliers.columns, outliers.count);
 }
 
 }  // namespace
@@ -269,7 +264,7 @@ void int8_quantize_rows(const Launch& launch, const void* x, int dtype, int64_t 
     });
   }
   if (threshold > 0.0f && columns > 0) {
-    list_and_clear(launch, outliers, codes, nullptr, rows, columns);
+    list_and_clear(launch, outliers, codes, rows, columns);
   }
   check_launch("int8_vectorwise_quant");
 }
@@ -299,7 +294,7 @@ void int8_double_quantize(const Launch& launch, const void* x, int dtype, int64_
     });
   }
   if (threshold > 0.0f) {
-    list_and_clear(launch, outliers, row_codes, column_codes, rows, columns);
+    list_and_clear(launch, outliers, row_codes, rows, columns);
   }
   check_launch("int8_double_quant");
 }

@@ -86,24 +86,18 @@ def int8_linear_matmul(A: Tensor, B: Tensor) -> Tensor:
     """Exact product of int8 matrices."""
     A, B = A.contiguous(), B.contiguous()
     out = torch.empty((*A.shape[:-1], B.shape[0]), dtype=torch.int32, device=A.device)
-    _C.int8_linear_matmul(
-        A.data_ptr(), B.data_ptr(), A.shape[:-1].numel(), B.shape[0], B.shape[1], out.data_ptr()
-    )
+    _C.int8_linear_matmul(A.data_ptr(), B.data_ptr(), A.shape[:-1].numel(), B.shape[0], B.shape[1], out.data_ptr())
     return out
 
 
-def int8_linear(
-    A: Tensor, CB: Tensor, SCB: Tensor, threshold: float = 0.0, bias: Tensor | None = None
-) -> Tensor:
+def int8_linear(A: Tensor, CB: Tensor, SCB: Tensor, threshold: float = 0.0, bias: Tensor | None = None) -> Tensor:
     """The forward of an int8 layer without outliers, out of three ops of which one is native."""
     ops = torch.ops.bitsandbytes
     CA, SCA, _no_outliers = ops.int8_vectorwise_quant(A)
     return ops.int8_mm_dequant(int8_linear_matmul(CA, CB), SCA, SCB, A.dtype, bias)
 
 
-def takes_int8_linear(
-    A: Tensor, CB: Tensor, SCB: Tensor, threshold: float = 0.0, bias: Tensor | None = None
-) -> bool:
+def takes_int8_linear(A: Tensor, CB: Tensor, SCB: Tensor, threshold: float = 0.0, bias: Tensor | None = None) -> bool:
     """Whether the kernel takes this call: it has no code for outlier columns."""
     return threshold == 0.0
 

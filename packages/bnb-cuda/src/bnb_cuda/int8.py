@@ -136,7 +136,7 @@ def integer_product(A: Tensor, B: Tensor) -> Tensor:
         A = torch.nn.functional.pad(A, (0, more_k, 0, more_rows))
     if more_n or more_k:
         B = torch.nn.functional.pad(B, (0, more_k, 0, more_n))
-    return torch._int_mm(A.contiguous(), B.contiguous().t())[:m, :n]
+    return torch._int_mm(A.contiguous(), B.contiguous().t())[:m, :n].contiguous()
 
 
 def int8_mm_dequant(
@@ -215,7 +215,7 @@ def scaled_product(
     if m <= MOST_ROWS_INT8_TILES and _C.int8_gemm_fits(n, k, _C.capability(device.index)):
         path = 1 if m <= MOST_ROWS_INT8_FEW else 2
     else:
-        path, product = 0, integer_product(A, B).contiguous()
+        path, product = 0, integer_product(A, B)
     _multiply(path, out, product, A, B, m, n, k, row_stats, col_stats, values, outliers, bias)
     return out
 

@@ -19,6 +19,8 @@ class Path(Enum):
     TILES = 2
     #: The weight is dequantized and multiplied by the library.
     DEQUANTIZE = 3
+    #: As tiles, with the matrix units of compute capability 9.0.
+    GROUPS = 4
 
 
 class Plan(NamedTuple):
@@ -31,6 +33,7 @@ class Plan(NamedTuple):
 #: Rows of activations up to which each path wins (H100; tiles against dequantizing).
 MOST_ROWS_FEW = 16
 MOST_ROWS_TILES = 192
+MOST_ROWS_GROUPS = 192
 #: Rows up to which plain arithmetic beats dequantizing, for float32.
 MOST_ROWS_SCALAR = 4
 
@@ -61,6 +64,10 @@ def plan_gemm_4bit(
         return Plan(Path.SCALAR if rows <= MOST_ROWS_SCALAR else Path.DEQUANTIZE)
     if rows <= MOST_ROWS_FEW:
         return Plan(Path.FEW)
+    if capability == 90 and blocksize >= 64:
+        if rows <= MOST_ROWS_GROUPS:
+            return Plan(Path.GROUPS, split_of(rows, n, k, capability, processors))
+        return Plan(Path.DEQUANTIZE)
     if rows <= MOST_ROWS_TILES:
         return Plan(Path.TILES, split_of(rows, n, k, capability, processors))
     return Plan(Path.DEQUANTIZE)

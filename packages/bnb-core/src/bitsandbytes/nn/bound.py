@@ -95,11 +95,11 @@ class BoundLinear:
         frozen: tuple[Any, ...],
     ) -> None:
         """Bind anew, after a call with these operands has gone the long way."""
-        if self.run is None and self.generation == REGISTRY.generation:
-            # No kernel offers it.
+        if type(x) is not torch.Tensor or (self.run is None and self.generation == REGISTRY.generation):
+            # An input that is never bound, or no kernel that offers it.
             return
         self.attempts += 1
-        if self.attempts > MOST_ATTEMPTS or type(x) is not torch.Tensor or x.dim() == 0:
+        if self.attempts > MOST_ATTEMPTS:
             self.run = None
             return
         self.run = REGISTRY.bind(op, x, *frozen)

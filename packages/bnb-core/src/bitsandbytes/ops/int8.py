@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import torch
 
+from bitsandbytes.codebooks import follows_cpu
 from bitsandbytes.contract import TensorSpec, check_dtype, check_same_device, check_that, define_op
 from bitsandbytes.ops.common import as_rows, check_float, check_numel, rows_of
 
@@ -84,7 +85,11 @@ def int8_vectorwise_quant(
 def quantize_along(values: torch.Tensor, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes of a matrix with one absmax per row (``dim=1``) or per column (``dim=0``)."""
     values = values.float()
-    absmax = values.abs().amax(dim=dim) if values.shape[dim] else values.new_zeros(values.shape[1 - dim])
+    magnitudes = values.abs()
+    if not follows_cpu(values.device):
+        # GPUs leave NaN out of absmax; on the CPU it spoils its row.
+        magnitudes = magnitudes.nan_to_num(nan=0.0, posinf=torch.inf)
+    absmax = magnitudes.amax(dim=dim) if values.shape[dim] else values.new_zeros(values.shape[1 - dim])
     scale = (LARGEST_CODE / absmax).unsqueeze(dim)
     # Below 127 / FLT_MAX the scale overflows; dividing first does not.
     scaled = torch.where(scale.isinf(), values / absmax.unsqueeze(dim) * LARGEST_CODE, values * scale)

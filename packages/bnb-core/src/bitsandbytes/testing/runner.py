@@ -132,9 +132,7 @@ def check_backend(
     return result
 
 
-def _one_process(
-    result: Conformance, request: dict[str, Any], progress: Callable[[int, int], None]
-) -> int | None:
+def _one_process(result: Conformance, request: dict[str, Any], progress: Callable[[int, int], None]) -> int | None:
     """Run checks in one process until all are done or it dies; the index to go on at, ``None`` at the end."""
     environment = {key: value for key, value in os.environ.items() if key not in (DENY, STRICT)}
     command = [sys.executable, "-m", "bitsandbytes.testing.worker", json.dumps(request)]
