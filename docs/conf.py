@@ -6,16 +6,16 @@ what belongs to the site.
 
 from __future__ import annotations
 
-import tomllib
+import re
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-CORE = tomllib.loads((ROOT / "packages" / "bnb-core" / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+CORE = (ROOT / "packages" / "bnb-core" / "pyproject.toml").read_text(encoding="utf-8")
 
 project = "bitsandbytes"
 author = "the bitsandbytes contributors"
-release = version = CORE["version"]
+release = version = re.search(r'^version = "(.+)"', CORE, re.MULTILINE)[1]
 
 extensions = ["myst_parser"]
 root_doc = "docs/contents"

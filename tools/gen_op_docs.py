@@ -27,8 +27,6 @@ DOCS = ROOT / "docs" / "ops"
 os.environ["BNB_BACKENDS"] = ""
 sys.path.insert(0, str(PACKAGES / "bnb-core" / "src"))
 
-import torch  # noqa: E402
-
 from bitsandbytes.contract import OP_API_VERSION, OPS, Op  # noqa: E402
 from bitsandbytes.errors import ArgumentError  # noqa: E402
 from bitsandbytes.testing.case import Case  # noqa: E402
@@ -225,9 +223,9 @@ def index(ops: list[Op], implementations: dict[str, list[tuple[str, str, str]]])
             [
                 "# Ops",
                 NOTICE.strip(),
-                f"The contracts of all ops, op API {OP_API_VERSION}. The last columns say which backend of this repository "
-                "has a kernel of its own; *in part* means that it declines some calls. The reference serves what is left. "
-                "[Versions](../op-api.md) says what may change, and when.",
+                f"The contracts of all ops, op API {OP_API_VERSION}. The last columns say which backend of this "
+                "repository has a kernel of its own; *in part* means that it declines some calls. The reference serves "
+                "what is left. [Versions](../op-api.md) says what may change, and when.",
                 "\n".join(rows),
             ]
         )

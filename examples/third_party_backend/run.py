@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import torch
 import torch_mydev  # noqa: F401  (torch 2.5 and later load it by themselves)
+from bnb_mydev.ops import launches
 
 import bitsandbytes as bnb
-from bnb_mydev import _C as native
 
 DEVICE = "mydev"
 STEPS = 60
@@ -21,7 +21,7 @@ STEPS = 60
 
 def launches_of(name: str, before: int) -> None:
     """Tell how many kernels of the backend were launched."""
-    print(f"  {name}: {native.launches() - before} kernels of the backend launched")
+    print(f"  {name}: {launches() - before} kernels of the backend launched")
 
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
@@ -32,7 +32,7 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
 
 def linear_4bit(dtype: torch.dtype) -> None:
     """A 4-bit layer gives what its own decoded weight gives in float64, forward and backward."""
-    before = native.launches()
+    before = launches()
     layer = bnb.nn.Linear4bit(96, 64, compute_dtype=dtype, quant_type="nf4", compress_statistics=False).to(DEVICE)
     x = torch.randn(5, 96, dtype=dtype).to(DEVICE).requires_grad_()
     out = layer(x)
@@ -45,13 +45,13 @@ def linear_4bit(dtype: torch.dtype) -> None:
     print(f"Linear4bit, {dtype}: relative error {error:.1e}, of the gradient {gradient:.1e}")
     assert max(error, gradient) < (1e-5 if dtype is torch.float32 else 1e-2)
     launches_of("Linear4bit", before)
-    assert native.launches() > before
+    assert launches() > before
 
 
 def linear_8bit() -> None:
     """An int8 layer stays within the error of quantization of the float layer, with and without outliers."""
     for threshold in (0.0, 6.0):
-        before = native.launches()
+        before = launches()
         plain = torch.nn.Linear(96, 64)
         layer = bnb.nn.Linear8bitLt(96, 64, has_fp16_weights=False, threshold=threshold)
         layer.load_state_dict(plain.state_dict())

@@ -93,7 +93,8 @@ def test_what_is_written(tmp_path, device):
     assert {
         "pyproject.toml", "CMakeLists.txt", "README.md", "LICENSE", ".gitignore", ".github/workflows/test.yml",
         "kernels/bind.cpp", "src/bnb_my_chip/__init__.py", "src/bnb_my_chip/ops.py", "src/bnb_my_chip/_C.pyi",
-        "tests/test_conform.py", "tests/gaps.txt", "bnb_native/include/bnb/quant.h", "bnb_native/cmake/bnb-config.cmake",
+        "tests/test_conform.py", "tests/gaps.txt", "bnb_native/include/bnb/quant.h",
+        "bnb_native/cmake/bnb-config.cmake",
     } <= files  # fmt: skip
     project = (root / "pyproject.toml").read_text()
     assert 'name = "bnb-my-chip"' in project

@@ -1,4 +1,4 @@
-// The codebook of an 8-bit optimizer state, with all its tables in registers: permutes instead of loads.
+// The codebook of an 8-bit optimizer state, looked up and searched by permutes of registers instead of loads.
 // For AVX-512 BW; VBMI, where the build has it, looks up bytes.
 #pragma once
 
@@ -9,35 +9,49 @@ namespace BNB_ISA {
 
 class Codebook {
  public:
+  // Values in a block, at most.
+  static constexpr int kBlock = 256;
+
   void prepare(const float* qmap) {
-    memcpy(values_, qmap, sizeof values_);
-    prepare_planes();
+    for (int i = 0; i < kCodes; ++i) {
+      const uint32_t bits = bnb::bits_of(qmap[i]);
+      for (int plane = 0; plane < kPlanes; ++plane) {
+        planes_[plane][i] = static_cast<Part>(bits >> (32 / kPlanes * plane));
+      }
+    }
     prepare_limits(qmap);
   }
 
+  // `values` has room for a whole block.
   void decode(const uint8_t* codes, float absmax, int count, float* values) const {
-    const int whole = decode_whole(codes, absmax, count, values);
-    for (int i = whole; i < count; ++i) {
-      values[i] = values_[codes[i]] * absmax;
+    if (count == kBlock) {
+      return decode_block(codes, absmax, values);
     }
+    alignas(64) uint8_t padded[kBlock] = {};
+    memcpy(padded, codes, static_cast<size_t>(count));
+    decode_block(padded, absmax, values);
   }
 
-  // absmax: that of the values, which are all finite.
-  void encode(const float* values, float absmax, int count, uint8_t* codes) const {
+  // absmax: that of the values, which are all finite. Values after the last one may be overwritten.
+  void encode(float* values, float absmax, int count, uint8_t* codes) const {
     if (absmax == 0.0f) {
       memset(codes, 0, static_cast<size_t>(count));
       return;
     }
     const float scale = 1.0f / absmax;
     // A subnormal absmax may have no reciprocal, and then zeros scale to NaN.
-    const bool usual = base_ == 0 && bnb::magnitude_bits(scale) < 0x7f800000u;
-    int i = 0;
-    for (; usual && i + kStep <= count; i += kStep) {
-      encode_step(*this, values + i, scale, codes + i);
-    }
-    for (; i < count; ++i) {
-      const float scaled = values[i] * scale;
-      codes[i] = bnb::is_nan(scaled) ? 0 : code_at(bnb::grid_position(scaled));
+    if (base_ != 0 || bnb::magnitude_bits(scale) >= 0x7f800000u) {
+      for (int i = 0; i < count; ++i) {
+        const float scaled = values[i] * scale;
+        codes[i] = bnb::is_nan(scaled) ? 0 : code_at(bnb::grid_position(scaled));
+      }
+    } else if (count == kBlock) {
+      encode_block(values, scale, codes);
+    } else {
+      memset(values + count, 0, static_cast<size_t>(kBlock - count) * sizeof(float));
+      alignas(64) uint8_t padded[kBlock];
+      encode_block(values, scale, padded);
+      memcpy(codes, padded, static_cast<size_t>(count));
     }
   }
 
@@ -45,7 +59,14 @@ class Codebook {
   using Words = __m512i;
   static constexpr int kCodes = 256;
 
+  // Both interleaving and packing work inside of 128-bit lanes; this order of dwords makes up for it.
+  BNB_FN Words transposed(Words a) {
+    return _mm512_permutexvar_epi32(_mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), a);
+  }
+
   // --- codes to values ---
+  //
+  // A plane holds the same byte or word of every value.
 
 #if defined(__AVX512VBMI__)
   static constexpr int kPlanes = 4;
@@ -54,36 +75,26 @@ class Codebook {
   static constexpr int kPlanes = 2;
   using Part = uint16_t;
 #endif
-  static constexpr int kDecoded = 64 / sizeof(Part);  // codes per step
-  static constexpr int kTables = kCodes / kDecoded;   // registers per plane
+  static constexpr int kParts = 64 / sizeof(Part);  // in a register
+  static constexpr int kTables = kCodes / kParts;   // registers of a plane
 
-  // Plane p holds the p-th byte or word of every value.
-  void prepare_planes() {
-    for (int i = 0; i < kCodes; ++i) {
-      const uint32_t bits = bnb::bits_of(values_[i]);
-      for (int plane = 0; plane < kPlanes; ++plane) {
-        planes_[plane][i] = static_cast<Part>(bits >> (32 / kPlanes * plane));
-      }
-    }
+  BNB_FN void put_scaled(float* to, Words bits, __m512 scale) {
+    _mm512_storeu_ps(to, _mm512_mul_ps(_mm512_castsi512_ps(bits), scale));
   }
 
-  // Decodes whole steps and returns how many codes that were.
-  int decode_whole(const uint8_t* codes, float absmax, int count, float* values) const {
+  void decode_block(const uint8_t* codes, float absmax, float* values) const {
     Words table[kPlanes][kTables];
     for (int plane = 0; plane < kPlanes; ++plane) {
       for (int i = 0; i < kTables; ++i) {
-        table[plane][i] = _mm512_load_si512(planes_[plane] + i * kDecoded);
+        table[plane][i] = _mm512_load_si512(planes_[plane] + i * kParts);
       }
     }
     const __m512 scale = _mm512_set1_ps(absmax);
-    int i = 0;
-    for (; i + kDecoded <= count; i += kDecoded) {
-#if defined(__AVX512VBMI__)
-      // Interleaving works inside of 128-bit lanes; the order of dwords makes its results contiguous.
-      const Words order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-      const Words index = _mm512_permutexvar_epi32(order, _mm512_loadu_si512(codes + i));
-      const __mmask64 upper = _mm512_movepi8_mask(index);
+    for (int i = 0; i < kBlock; i += kParts) {
       Words part[kPlanes];
+#if defined(__AVX512VBMI__)
+      const Words index = transposed(_mm512_loadu_si512(codes + i));
+      const __mmask64 upper = _mm512_movepi8_mask(index);
       for (int plane = 0; plane < kPlanes; ++plane) {
         part[plane] =
             _mm512_mask_blend_epi8(upper, _mm512_permutex2var_epi8(table[plane][0], index, table[plane][1]),
@@ -101,7 +112,6 @@ class Codebook {
       const Words index = _mm512_permutexvar_epi64(order, _mm512_cvtepu8_epi16(bytes));
       const __mmask32 bit6 = _mm512_test_epi16_mask(index, _mm512_set1_epi16(64));
       const __mmask32 bit7 = _mm512_test_epi16_mask(index, _mm512_set1_epi16(128));
-      Words part[kPlanes];
       for (int plane = 0; plane < kPlanes; ++plane) {
         Words quarter[4];
         for (int j = 0; j < 4; ++j) {
@@ -114,11 +124,6 @@ class Codebook {
       put_scaled(values + i + 16, _mm512_unpackhi_epi16(part[0], part[1]), scale);
 #endif
     }
-    return i;
-  }
-
-  BNB_FN void put_scaled(float* to, Words bits, __m512 scale) {
-    _mm512_storeu_ps(to, _mm512_mul_ps(_mm512_castsi512_ps(bits), scale));
   }
 
   // --- values to codes ---
@@ -127,7 +132,6 @@ class Codebook {
   // over 255 limits: five steps among every eighth limit, three among the seven in between.
 
   void prepare_limits(const float* qmap) {
-    uint16_t limits[kCodes];
     int position = 0, known = 0;
     base_ = 0;
     for (int i = 0; i + 1 < kCodes; ++i) {
@@ -135,25 +139,25 @@ class Codebook {
       if (position == 0) {
         ++base_;
       } else {
-        limits[known++] = static_cast<uint16_t>(position - 1);
+        limits_[known++] = static_cast<uint16_t>(position - 1);
       }
     }
     while (known < kCodes) {
-      limits[known++] = 0xffff;  // no position is above it
+      limits_[known++] = 0xffff;  // no position is above it
     }
-    memcpy(limits_, limits, sizeof limits_);
+    first_ = limits_[8 * 15 + 7];
     for (int i = 0; i < 32; ++i) {
       for (int step = 0; step < 4; ++step) {
         const int at = i + (8 >> step) - 1;
-        coarse_[step][i] = at < 32 ? limits[8 * at + 7] : 0;
+        coarse_[step][i] = at < 32 ? limits_[8 * at + 7] : 0;
       }
-      for (int bit5 = 0; bit5 < 2; ++bit5) {
-        const int at = 8 * i + 4 * bit5;
-        middle_[32 * bit5 + i] = limits[at + 1];
-        fine_[0][32 * bit5 + i] = limits[at];
-        fine_[1][32 * bit5 + i] = limits[at + 2];
+      fourth_[i] = limits_[8 * i + 3];
+      for (int bit2 = 0; bit2 < 2; ++bit2) {
+        const int at = 8 * i + 4 * bit2;
+        middle_[32 * bit2 + i] = limits_[at + 1];
+        even_[32 * bit2 + i] = limits_[at];
+        odd_[32 * bit2 + i] = limits_[at + 2];
       }
-      fourth_[i] = limits[8 * i + 3];
     }
   }
 
@@ -165,91 +169,83 @@ class Codebook {
     return static_cast<uint8_t>(base_ + code);
   }
 
-  BNB_FN Words add_where(Words a, __mmask32 where, int what) {
-    return _mm512_mask_add_epi16(a, where, a, _mm512_set1_epi16(static_cast<int16_t>(what)));
-  }
-
   BNB_FN Words lookup64(const uint16_t* table, Words index) {
     return _mm512_permutex2var_epi16(_mm512_load_si512(table), index, _mm512_load_si512(table + 32));
   }
 
-  // Values that encode_step takes. A search waits for each of its steps, so many of them run side by side.
-  static constexpr int kStep = 256;
+  // As bnb::grid_position. `scaled` comes so close to [-1, 1] that it is on the grid without clamping, and for
+  // all values of the sum the fused operation gives the same integer as two roundings.
+  BNB_FN Words position_of(F32 scaled) {
+    return truncate(fma(scaled + splat(1.0f), splat(bnb::kGridScale), splat(0.5f))).v;
+  }
 
-  // Scales and encodes kStep values.
-  BNB_FN void encode_step(const Codebook& book, const float* values, float scale, uint8_t* codes) {
-    constexpr int kChains = kStep / 32;
-    const F32 factor = splat(scale);
-    const Words first = _mm512_set1_epi16(static_cast<int16_t>(book.limits_[8 * 15 + 7]));
-    Words position[kChains], at[kChains], code[kChains], limit[kChains], other[kChains];
+  // base_ is 0 and the scaled values are finite. A search waits for each of its steps, so those of all values
+  // of the block run side by side.
+  void encode_block(const float* values, float scale, uint8_t* codes) const {
+    constexpr int kChains = kBlock / 32;
+    Words position[kChains], at[kChains], code[kChains], limit[kChains], upper_limit[kChains];
     __mmask32 above[kChains];
     const auto compare = [&] {
       for (int j = 0; j < kChains; ++j) {
         above[j] = _mm512_cmpgt_epu16_mask(position[j], limit[j]);
       }
     };
-    const auto add = [&](Words* to, int what) {
+    const auto add_above = [&](Words* to, int what) {
       for (int j = 0; j < kChains; ++j) {
         to[j] = _mm512_mask_add_epi16(to[j], above[j], to[j], _mm512_set1_epi16(static_cast<int16_t>(what)));
       }
     };
+    const F32 factor = splat(scale);
     for (int j = 0; j < kChains; ++j) {
       const float* from = values + 32 * j;
-      position[j] = _mm512_packus_epi32(position_of(load(from) * factor).v, position_of(load(from + 16) * factor).v);
-      limit[j] = first;
+      position[j] = _mm512_packus_epi32(position_of(load(from) * factor), position_of(load(from + 16) * factor));
+      limit[j] = _mm512_set1_epi16(static_cast<int16_t>(first_));
     }
     compare();
     for (int j = 0; j < kChains; ++j) {
       at[j] = _mm512_maskz_mov_epi16(above[j], _mm512_set1_epi16(16));
     }
     for (int step = 0; step < 4; ++step) {
-      const Words table = _mm512_load_si512(book.coarse_[step]);
+      const Words table = _mm512_load_si512(coarse_[step]);
       for (int j = 0; j < kChains; ++j) {
         limit[j] = _mm512_permutexvar_epi16(at[j], table);
       }
       compare();
-      add(at, 8 >> step);
+      add_above(at, 8 >> step);
     }
-    const Words fourth = _mm512_load_si512(book.fourth_);
+    const Words fourth = _mm512_load_si512(fourth_);
     for (int j = 0; j < kChains; ++j) {
       limit[j] = _mm512_permutexvar_epi16(at[j], fourth);
       code[j] = _mm512_slli_epi16(at[j], 3);
     }
     compare();
-    add(at, 32);
-    add(code, 4);
+    add_above(at, 32);
+    add_above(code, 4);
     for (int j = 0; j < kChains; ++j) {
-      limit[j] = lookup64(book.middle_, at[j]);
-      other[j] = lookup64(book.fine_[1], at[j]);
-      at[j] = lookup64(book.fine_[0], at[j]);
+      limit[j] = lookup64(middle_, at[j]);
+      upper_limit[j] = lookup64(odd_, at[j]);
+      at[j] = lookup64(even_, at[j]);
     }
     compare();
-    add(code, 2);
+    add_above(code, 2);
     for (int j = 0; j < kChains; ++j) {
-      limit[j] = _mm512_mask_blend_epi16(above[j], at[j], other[j]);
+      limit[j] = _mm512_mask_blend_epi16(above[j], at[j], upper_limit[j]);
     }
     compare();
-    add(code, 1);
-    // Packing works inside of 128-bit lanes; the order of dwords makes its results contiguous.
-    const Words order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    add_above(code, 1);
     for (int j = 0; j < kChains; j += 2) {
-      _mm512_storeu_si512(codes + 32 * j,
-                          _mm512_permutexvar_epi32(order, _mm512_packus_epi16(code[j], code[j + 1])));
+      _mm512_storeu_si512(codes + 32 * j, transposed(_mm512_packus_epi16(code[j], code[j + 1])));
     }
   }
 
-  // `scaled` comes so close to [-1, 1] that its position is on the grid without clamping.
-  BNB_FN I32 position_of(F32 scaled) {
-    return truncate(fma(scaled + splat(1.0f), splat(bnb::kGridScale), splat(0.5f)));
-  }
-
-  alignas(64) float values_[kCodes];
   alignas(64) Part planes_[kPlanes][kCodes];
-  alignas(64) uint16_t limits_[kCodes];
   alignas(64) uint16_t coarse_[4][32];
   alignas(64) uint16_t fourth_[32];
   alignas(64) uint16_t middle_[64];
-  alignas(64) uint16_t fine_[2][64];
+  alignas(64) uint16_t even_[64];
+  alignas(64) uint16_t odd_[64];
+  uint16_t limits_[kCodes];
+  uint16_t first_;
   int base_;
 };
 

@@ -90,13 +90,18 @@ struct FloatDot {
     } else {
 #pragma GCC unroll 8
       for (int i = 0; i < 8; ++i) {
+        F32 values[kWeights];
 #pragma GCC unroll 4
         for (int r = 0; r < kWeights; ++r) {
-          const F32 value = lookup(table, codes[r]) * scales[r];
+          values[r] = lookup(table, codes[r]) * scales[r];
           codes[r] = shift_right<4>(codes[r]);
+        }
 #pragma GCC unroll 8
-          for (int m = 0; m < kActs; ++m) {
-            sums[r][m] = fma(value, load(acts + (i * kActs + m) * kLanes), sums[r][m]);
+        for (int m = 0; m < kActs; ++m) {
+          const F32 act = load(acts + (i * kActs + m) * kLanes);
+#pragma GCC unroll 4
+          for (int r = 0; r < kWeights; ++r) {
+            sums[r][m] = fma(values[r], act, sums[r][m]);
           }
         }
       }
@@ -107,6 +112,20 @@ struct FloatDot {
 };
 
 #ifdef BNB_AVX512BF16
+// One vector of each weight row with one of each row of activations.
+template <int kWeights, int kActs>
+BNB_FN void add_products(F32 (&sums)[kWeights][kActs], const __m512i (&weights)[kWeights], const uint16_t* acts) {
+#pragma GCC unroll 8
+  for (int m = 0; m < kActs; ++m) {
+    const __m512i act = _mm512_loadu_si512(acts + m * 32);
+#pragma GCC unroll 4
+    for (int r = 0; r < kWeights; ++r) {
+      sums[r][m].v = _mm512_dpbf16_ps(sums[r][m].v, reinterpret_cast<__m512bh>(weights[r]),
+                                      reinterpret_cast<__m512bh>(act));
+    }
+  }
+}
+
 // bfloat16 activations: the table is rounded to bfloat16, which errs as rounding each weight to the dtype of the
 // activations does, and two products are added at a time in float.
 struct BFloat16Dot {
@@ -159,18 +178,14 @@ struct BFloat16Dot {
     }
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
+      __m512i values[kWeights];
 #pragma GCC unroll 4
       for (int r = 0; r < kWeights; ++r) {
         // Only five bits of an index count, and the table repeats itself after 16 entries.
-        const __m512i value = _mm512_permutexvar_epi16(codes[r].v, table);
+        values[r] = _mm512_permutexvar_epi16(codes[r].v, table);
         codes[r].v = _mm512_srli_epi16(codes[r].v, 4);
-#pragma GCC unroll 8
-        for (int m = 0; m < kActs; ++m) {
-          const __m512i act = _mm512_loadu_si512(acts + (i * kActs + m) * 32);
-          parts[r][m].v = _mm512_dpbf16_ps(parts[r][m].v, reinterpret_cast<__m512bh>(value),
-                                           reinterpret_cast<__m512bh>(act));
-        }
       }
+      add_products(parts, values, acts + i * kActs * 32);
     }
 #pragma GCC unroll 4
     for (int r = 0; r < kWeights; ++r) {
@@ -217,17 +232,13 @@ struct ScaledBFloat16Dot {
              const Word* acts) const {
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
+      __m512i values[kWeights];
 #pragma GCC unroll 4
       for (int r = 0; r < kWeights; ++r) {
-        const __m512i value = lookup_halves(codes[r].v, tables[r]);
+        values[r] = lookup_halves(codes[r].v, tables[r]);
         codes[r].v = _mm512_srli_epi16(codes[r].v, 4);
-#pragma GCC unroll 8
-        for (int m = 0; m < kActs; ++m) {
-          const __m512i act = _mm512_loadu_si512(acts + (i * kActs + m) * 32);
-          sums[r][m].v = _mm512_dpbf16_ps(sums[r][m].v, reinterpret_cast<__m512bh>(value),
-                                          reinterpret_cast<__m512bh>(act));
-        }
       }
+      add_products(sums, values, acts + i * kActs * 32);
     }
   }
 

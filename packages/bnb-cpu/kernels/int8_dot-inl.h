@@ -29,9 +29,8 @@ struct Int8Dot {
     const __mmask64 mask = (uint64_t{1} << count) - 1;
     return _mm512_xor_si512(_mm512_maskz_loadu_epi8(mask, p), _mm512_set1_epi8(static_cast<char>(0x80)));
   }
-  static I32 step(I32 sum, __m512i weights, const Word* acts) {
-    return {_mm512_dpbusd_epi32(sum.v, weights, _mm512_loadu_si512(acts))};
-  }
+  static __m512i acts(const Word* p) { return _mm512_loadu_si512(p); }
+  static I32 step(I32 sum, __m512i weights, __m512i acts) { return {_mm512_dpbusd_epi32(sum.v, weights, acts)}; }
 };
 #elif defined(__AVX2__)
 // Both sides as int16, whose products are added in pairs without overflow.
@@ -44,17 +43,18 @@ struct Int8Dot {
   static Words weights(const int8_t* p) {
     return _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   }
-  static I32 step(I32 sum, Words weights, const Word* acts) {
-    return {_mm512_add_epi32(sum.v, _mm512_madd_epi16(weights, _mm512_loadu_si512(acts)))};
+  static Words acts(const Word* p) { return _mm512_loadu_si512(p); }
+  static I32 step(I32 sum, Words weights, Words acts) {
+    return {_mm512_add_epi32(sum.v, _mm512_madd_epi16(weights, acts))};
   }
 #else
   using Words = __m256i;
   static Words weights(const int8_t* p) {
     return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   }
-  static I32 step(I32 sum, Words weights, const Word* acts) {
-    const __m256i act = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(acts));
-    return {_mm256_add_epi32(sum.v, _mm256_madd_epi16(weights, act))};
+  static Words acts(const Word* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+  static I32 step(I32 sum, Words weights, Words acts) {
+    return {_mm256_add_epi32(sum.v, _mm256_madd_epi16(weights, acts))};
   }
 #endif
   static Words weights(const int8_t* p, int64_t count) {
@@ -111,12 +111,17 @@ void dot_int8(const int8_t* weight, int64_t width, int64_t k, int64_t count, con
     }
   }
   const auto add = [&](int64_t at, const auto&... left) {
+    decltype(Int8Dot::weights(weight)) words[kWeights];
 #pragma GCC unroll 4
     for (int r = 0; r < kWeights; ++r) {
-      const auto words = Int8Dot::weights(weight + r * width + at, left...);
+      words[r] = Int8Dot::weights(weight + r * width + at, left...);
+    }
 #pragma GCC unroll 8
-      for (int m = 0; m < kActs; ++m) {
-        sums[r][m] = Int8Dot::step(sums[r][m], words, acts + at * kActs + m * Int8Dot::kStep);
+    for (int m = 0; m < kActs; ++m) {
+      const auto act = Int8Dot::acts(acts + at * kActs + m * Int8Dot::kStep);
+#pragma GCC unroll 4
+      for (int r = 0; r < kWeights; ++r) {
+        sums[r][m] = Int8Dot::step(sums[r][m], words[r], act);
       }
     }
   };

@@ -1,24 +1,27 @@
-// What the optimizer kernels share: the arguments of a call, one element's step, and the split of all
-// tensors among threads. 32-bit states: optim32-inl.h, 8-bit states: optim8-inl.h.
+// What the optimizer kernels share: the arguments of a call, one element's step, and the choice of a function
+// by rule and dtype. Norms and the split among threads: optim_run-inl.h.
 #pragma once
 
 #include <bnb/rules.h>
 
-#include "scratch-inl.h"
+#include "codebook-inl.h"
 #include "simd-inl.h"
-#include "table.h"
 
 namespace bnb_cpu {
 namespace BNB_ISA {
 
 // Elements that are worked on together; in 8 bit, those that share an absmax.
 constexpr int kUnit = 256;
+static_assert(kUnit == Codebook::kBlock);
 
-// Arguments that both kernels have; see table.h.
+// The arguments of a call that both kernels have; see table.h. The codebooks are null for float32 states.
 struct OptimizerCall {
   int rule;
   int64_t tensors;
   const int64_t* table;
+  int dtype;
+  const Codebook* first;
+  const Codebook* second;
   const int64_t* steps;
   const double* schedule;
   const int64_t* seeds;
@@ -27,53 +30,49 @@ struct OptimizerCall {
   float* update_norms;
   bool skip_zeros;
   int threads;
+
+  int64_t count(int64_t tensor) const { return table[tensor]; }
+  int64_t units(int64_t tensor) const { return ceil_divide(count(tensor), kUnit); }
+
+  template <class T>
+  T* pointer(int column, int64_t tensor) const {
+    return reinterpret_cast<T*>(static_cast<uintptr_t>(table[column * tensors + tensor]));
+  }
 };
 
 // One tensor of a call.
 struct Tensor {
+  int dtype;
   int64_t count;
   const void* g;
   void* p;
-  // Values of the first state, then of the second, each `count` long.
+  // Values of the first state, then of the second, each `count` long: floats, or codes with their codebook and
+  // statistics.
   void* states[bnb::kMostValues];
+  const Codebook* codebooks[bnb::kMostValues];
   float* absmax[bnb::kMostValues];
   bnb::RuleConstants<float> constants;
   bool skip_zeros, stochastic;
   uint32_t seed, step;
-};
 
-// A call with its columns of addresses.
-struct Step {
-  const OptimizerCall& call;
-  bool eight;
-
-  int64_t cell(int column, int64_t tensor) const { return call.table[column * call.tensors + tensor]; }
-
-  template <class T>
-  T* pointer(int column, int64_t tensor) const {
-    return reinterpret_cast<T*>(static_cast<uintptr_t>(cell(column, tensor)));
-  }
-
-  bnb::Rule rule() const { return static_cast<bnb::Rule>(call.rule); }
-
-  int64_t count(int64_t tensor) const { return cell(0, tensor); }
-
-  int64_t units(int64_t tensor) const { return ceil_divide(count(tensor), kUnit); }
-
-  // The tensor with its hyperparameters; `clip` is the factor on its update.
-  Tensor tensor(int64_t index, double clip) const {
-    const int first = bnb::first_values(rule()), second = bnb::second_values(rule());
-    const int64_t values = count(index), value_bytes = eight ? 1 : sizeof(float);
-    Tensor t{};
-    t.count = values;
-    t.g = pointer<void>(1, index);
-    t.p = pointer<void>(2, index);
-    const int second_column = eight ? 5 : 4;
-    for (int i = 0; i < first + second; ++i) {
-      const int column = i < first ? 3 : second_column;
+  // Tensor `index` of a call; `clip` is the factor on its update.
+  Tensor(const OptimizerCall& call, int64_t index, double clip)
+      : dtype(call.dtype),
+        count(call.count(index)),
+        g(call.pointer<void>(1, index)),
+        p(call.pointer<void>(2, index)),
+        skip_zeros(call.skip_zeros),
+        stochastic(call.seeds != nullptr),
+        seed(stochastic ? static_cast<uint32_t>(call.seeds[index]) : 0) {
+    const bnb::Rule rule = static_cast<bnb::Rule>(call.rule);
+    const bool eight = call.first != nullptr;
+    const int first = bnb::first_values(rule), values = first + bnb::second_values(rule);
+    for (int i = 0; i < values; ++i) {
+      const int column = i < first ? 3 : eight ? 5 : 4;
       const int64_t part = i < first ? i : i - first;
-      t.states[i] = pointer<char>(column, index) + part * values * value_bytes;
-      t.absmax[i] = eight ? pointer<float>(column + 1, index) + part * units(index) : nullptr;
+      states[i] = call.pointer<char>(column, index) + part * count * static_cast<int64_t>(eight ? 1 : sizeof(float));
+      codebooks[i] = i < first ? call.first : call.second;
+      absmax[i] = eight ? call.pointer<float>(column + 1, index) + part * call.units(index) : nullptr;
     }
     bnb::RuleSettings settings{call.lr,  call.beta1,        call.beta2,       call.beta3, call.alpha,
                                call.eps, call.weight_decay, call.gnorm_scale, 0.0};
@@ -86,12 +85,8 @@ struct Step {
     } else {
       settings.step = static_cast<double>(call.steps[index]);
     }
-    t.constants = bnb::rule_constants(rule(), settings, clip);
-    t.skip_zeros = call.skip_zeros;
-    t.stochastic = call.seeds != nullptr;
-    t.seed = t.stochastic ? static_cast<uint32_t>(call.seeds[index]) : 0;
-    t.step = static_cast<uint32_t>(static_cast<int64_t>(settings.step));
-    return t;
+    constants = bnb::rule_constants(rule, settings, clip);
+    step = static_cast<uint32_t>(static_cast<int64_t>(settings.step));
   }
 };
 
@@ -163,14 +158,14 @@ BNB_FN F32 randomized(F32 value, const int32_t* noise) {
   return float_of(select(splat(0x7f800000) > (bits & splat(0x7fffffff)), rounded, bits));
 }
 
-// Moves one parameter and its states. `noise` is null where the parameter is rounded to nearest.
+// Moves the parameter at `at` and its states. `noise` is null where it is rounded to nearest.
 template <bnb::Rule kRule, class V, class T>
 BNB_FN void step_element(const T* g, T* p, V* states, const bnb::RuleConstants<V>& constants, bool skip_zeros,
-                         const int32_t* noise) {
+                         const int32_t* noise, int at) {
   constexpr int kValues = bnb::first_values(kRule) + bnb::second_values(kRule);
   V gradient, before, old[kValues];
-  fetch(g, gradient);
-  fetch(p, before);
+  fetch(g + at, gradient);
+  fetch(p + at, before);
   for (int i = 0; i < kValues; ++i) {
     old[i] = states[i];
   }
@@ -183,67 +178,66 @@ BNB_FN void step_element(const T* g, T* p, V* states, const bnb::RuleConstants<V
     }
   }
   if (noise) {
-    after = randomized(after, noise);
+    after = randomized(after, noise + at);
   }
-  deposit(p, after);
+  deposit(p + at, after);
 }
 
-// Random bits of a unit that begins at element `begin`.
-BNB_FN void fill_noise(const Tensor& t, int64_t begin, int32_t* noise) {
-  const uint32_t key = bnb::rounding_key(t.seed, t.step, static_cast<uint32_t>(static_cast<uint64_t>(begin) >> 32));
-  const uint32_t low = static_cast<uint32_t>(begin);
-  for (int i = 0; i < kUnit; ++i) {
-    noise[i] = static_cast<int32_t>(bnb::rounding_noise(key, low + static_cast<uint32_t>(i)));
-  }
-}
+// The elements of a unit.
+template <class T>
+struct Span {
+  int64_t start;
+  int size;
+  const T* g;
+  T* p;
 
-// --- norms -------------------------------------------------------------------------------------------
+  Span(const Tensor& t, int64_t unit)
+      : start(unit * kUnit),
+        size(static_cast<int>(t.count - start < kUnit ? t.count - start : kUnit)),
+        g(static_cast<const T*>(t.g) + start),
+        p(static_cast<T*>(t.p) + start) {}
+};
 
-// Sum of squares of up to kUnit values, the same bits whatever the width of vectors.
-BNB_FN double sum_of_squares(const float* values, int count) {
-  constexpr int kSums = 16;
-  double sums[kSums] = {};
-  int i = 0;
-  for (; i + kSums <= count; i += kSums) {
-    for (int j = 0; j < kSums; ++j) {
-      sums[j] += static_cast<double>(values[i + j]) * static_cast<double>(values[i + j]);
+// Random bits for a unit; none for types that are always rounded to nearest.
+template <class T>
+struct Noise {
+  explicit Noise(const Tensor&) {}
+  const int32_t* of(int64_t) { return nullptr; }
+};
+template <>
+struct Noise<bnb::BFloat16> {
+  explicit Noise(const Tensor& t) : tensor(t) {}
+
+  const int32_t* of(int64_t start) {
+    if (!tensor.stochastic) {
+      return nullptr;
     }
-  }
-  for (int j = 0; i + j < count; ++j) {
-    sums[j] += static_cast<double>(values[i + j]) * static_cast<double>(values[i + j]);
-  }
-  for (int width = kSums / 2; width > 0; width /= 2) {
-    for (int j = 0; j < width; ++j) {
-      sums[j] += sums[j + width];
+    const uint32_t high = static_cast<uint32_t>(static_cast<uint64_t>(start) >> 32), low = static_cast<uint32_t>(start);
+    const uint32_t key = bnb::rounding_key(tensor.seed, tensor.step, high);
+    for (int i = 0; i < kUnit; ++i) {
+      bits[i] = static_cast<int32_t>(bnb::rounding_noise(key, low + static_cast<uint32_t>(i)));
     }
+    return bits;
   }
-  return sums[0];
-}
 
-// Direction and old value of one parameter, for their norms. Nothing else is written.
-template <bnb::Rule kRule, class V, class T>
-BNB_FN void measure_element(const T* g, const T* p, V* states, const bnb::RuleConstants<V>& constants,
-                            bool skip_zeros, float* direction, float* parameter) {
-  V gradient, before, zero;
-  fetch(g, gradient);
-  fetch(p, before);
-  spread(0.0f, zero);
-  const V u = bnb::direction<kRule>(gradient, before, states, constants);
-  deposit(direction, skip_zeros ? where_nonzero(gradient, u, zero) : u);
-  deposit(parameter, before);
-}
+  const Tensor& tensor;
+  alignas(64) int32_t bits[kUnit];
+};
 
-// --- all tensors -------------------------------------------------------------------------------------
+// --- rules and dtypes --------------------------------------------------------------------------------
 
-// Calls body(RuleTag) for the formula of a rule.
+// A step of units `begin` to `end` of a tensor.
+using Move = void (*)(const Tensor& t, int64_t begin, int64_t end);
+
 template <bnb::Rule kRule>
 struct RuleTag {
   static constexpr bnb::Rule rule = kRule;
 };
 
+// Calls body(RuleTag) for the formula of a rule.
 template <class Body>
-void with_formula(bnb::Rule rule, const Body& body) {
-  switch (bnb::formula_of(rule)) {
+auto with_formula(int rule, const Body& body) {
+  switch (bnb::formula_of(static_cast<bnb::Rule>(rule))) {
     case bnb::Rule::kAdam:
       return body(RuleTag<bnb::Rule::kAdam>{});
     case bnb::Rule::kAdemamix:
@@ -259,72 +253,6 @@ void with_formula(bnb::Rule rule, const Body& body) {
     default:
       return body(RuleTag<bnb::Rule::kAdagrad>{});
   }
-}
-
-// Calls body(index, begin, end, first) for the units of every tensor, split evenly among threads: units
-// begin to end of tensor `index`, whose first unit is number `first` among all. `bounds` has that number
-// for each tensor, and their total.
-template <class Body>
-void over_tensors(const int64_t* bounds, int64_t tensors, int threads, const Body& body) {
-  parallel(threads, bounds[tensors], grain_of(kUnit), [&](int64_t begin, int64_t end) {
-    // The last tensor that begins at or before `begin`.
-    int64_t index = 0, above = tensors;
-    while (above - index > 1) {
-      const int64_t middle = index + (above - index) / 2;
-      (bounds[middle] <= begin ? index : above) = middle;
-    }
-    for (; begin < end; ++index) {
-      const int64_t stop = bounds[index + 1] < end ? bounds[index + 1] : end;
-      if (begin < stop) {
-        body(index, begin - bounds[index], stop - bounds[index], bounds[index]);
-        begin = stop;
-      }
-    }
-  });
-}
-
-// One step of all tensors of a call. `kernel` has, for a tensor and a range of its units,
-//   move(tensor, begin, end)               the step
-//   measure(tensor, begin, end, sums)      squared norms of direction and parameter, a pair per unit
-template <class Kernel>
-void run_step(const Step& step, const Kernel& kernel) {
-  const OptimizerCall& call = step.call;
-  const bool clipped = call.max_unorm > 0.0;
-  int64_t total = 0;
-  for (int64_t i = 0; i < call.tensors; ++i) {
-    total += step.units(i);
-  }
-  const int64_t sums_count = clipped ? 2 * total : 0;
-  Scratch scratch(Scratch::bytes_for<int64_t>(call.tensors + 1) + Scratch::bytes_for<double>(call.tensors) +
-                  Scratch::bytes_for<double>(sums_count));
-  int64_t* const bounds = scratch.take<int64_t>(call.tensors + 1);
-  double* const clips = scratch.take<double>(call.tensors);
-  double* const sums = scratch.take<double>(sums_count);
-  bounds[0] = 0;
-  for (int64_t i = 0; i < call.tensors; ++i) {
-    bounds[i + 1] = bounds[i] + step.units(i);
-    clips[i] = 1.0;
-  }
-  if (clipped) {
-    over_tensors(bounds, call.tensors, call.threads, [&](int64_t index, int64_t begin, int64_t end, int64_t first) {
-      kernel.measure(step.tensor(index, 1.0), begin, end, sums + 2 * (first + begin));
-    });
-    for (int64_t i = 0; i < call.tensors; ++i) {
-      double direction = 0.0, parameter = 0.0;
-      for (int64_t unit = bounds[i]; unit < bounds[i + 1]; ++unit) {
-        direction += sums[2 * unit];
-        parameter += sums[2 * unit + 1];
-      }
-      const double norm = ::sqrt(direction);
-      clips[i] = bnb::clip_scale(norm, call.max_unorm * (call.param_norms ? call.param_norms[i] : ::sqrt(parameter)));
-      if (call.update_norms) {
-        call.update_norms[i] = static_cast<float>(norm);
-      }
-    }
-  }
-  over_tensors(bounds, call.tensors, call.threads, [&](int64_t index, int64_t begin, int64_t end, int64_t) {
-    kernel.move(step.tensor(index, clips[index]), begin, end);
-  });
 }
 
 }  // namespace BNB_ISA

@@ -89,8 +89,10 @@ NB_MODULE(_C, m) {
       gemm_4bit_few(launch, p);
     } else if (path == 2) {
       gemm_4bit_tiles(launch, p, split);
-    } else {
+    } else if (path == 4) {
       gemm_4bit_groups(launch, p, split);
+    } else {
+      gemm_4bit_stream(launch, p);
     }
   });
 

@@ -158,6 +158,13 @@ void with_half_dtype(int dtype, Body&& body) {
   }
 }
 
+// Whether tiles of 32 rows, which share the activations, leave no more of the device idle than tiles of 16,
+// when each multiprocessor takes tiles in turn.
+inline bool prefers_wide_tiles(int64_t n, int processors) {
+  const auto rows_per_processor = [&](int64_t rows) { return ceil_div(ceil_div(n, rows), processors) * rows; };
+  return rows_per_processor(32) <= rows_per_processor(16);
+}
+
 template <class Body>
 void with_chunk(int64_t blocksize, Body&& body) {
   if (blocksize % 64 == 0) {

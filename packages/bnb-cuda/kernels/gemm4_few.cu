@@ -205,18 +205,10 @@ void run(const Launch& launch, const Gemm4& p) {
       static_cast<T*>(p.out));
 }
 
-// Multiprocessors that have work, times rounds, over rounds that full use would take: 1 is the best.
-double idle_factor(int64_t n, int rows, int processors) {
-  const double tiles = static_cast<double>(ceil_div(n, rows));
-  return static_cast<double>(ceil_div(ceil_div(n, rows), processors)) * processors / tiles;
-}
-
 }  // namespace
 
 void gemm_4bit_few(const Launch& launch, const Gemm4& p) {
-  // Two row tiles share the activations, where that leaves no more of the device idle.
-  const bool wide =
-      idle_factor(p.n, 32, launch.processors()) <= 1.02 * idle_factor(p.n, 16, launch.processors());
+  const bool wide = prefers_wide_tiles(p.n, launch.processors());
   with_half_dtype(p.dtype, [&](auto type) {
     with_quant_type(p.quant_type, [&](auto quant) {
       with_nested(p.statistics, [&](auto nested) {

@@ -102,6 +102,11 @@ def takes_int8_linear(A: Tensor, CB: Tensor, SCB: Tensor, threshold: float = 0.0
     return threshold == 0.0
 
 
+def launches() -> int:
+    """Kernels launched so far."""
+    return _C.launches()
+
+
 KERNELS = (
     Kernel("dequantize_4bit", dequantize_4bit),
     Kernel("gemm_4bit", gemm_4bit, takes_gemm_4bit),

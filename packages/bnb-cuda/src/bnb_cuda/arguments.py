@@ -47,3 +47,8 @@ def rows_of(A: Tensor) -> int:
     """Number of rows of a tensor seen as a matrix over its last dimension."""
     width = A.shape[-1]
     return A.numel() // width if width else A.shape[:-1].numel()
+
+
+def all_plain(*tensors: Tensor | None) -> bool:
+    """Whether kernels can read all tensors as they are."""
+    return all(tensor is None or is_plain(tensor) for tensor in tensors)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from functools import cache
 
 import torch
@@ -15,6 +16,7 @@ from bnb_cuda.arguments import (
     DTYPES,
     QUANT_TYPES,
     address,
+    all_plain,
     dtype_number,
     is_plain,
     plain,
@@ -164,9 +166,75 @@ def _gemv_4bit_into(
     )
 
 
+def bind_gemm_4bit(
+    B: Tensor,
+    shapeB: Sequence[int],
+    absmax: Tensor,
+    blocksize: int,
+    quant_type: str,
+    bias: Tensor | None = None,
+    absmax_8bit: Tensor | None = None,
+    absmax_code: Tensor | None = None,
+    absmax_offset: Tensor | None = None,
+) -> Callable[[Tensor], Tensor] | None:
+    """``gemm_4bit`` as a function of the activations alone. It keeps addresses, no tensors."""
+    n, k = shapeB
+    if not all_plain(B, absmax, bias, absmax_8bit, absmax_code) or n == 0 or k == 0:
+        return None
+    device, index = B.device, B.device.index
+    statistics = (
+        absmax.data_ptr(),
+        address(absmax_8bit),
+        address(absmax_code),
+        0 if absmax_code is None else absmax_code.numel(),
+        address(absmax_offset),
+    )
+    packed, quant, offset = B.data_ptr(), QUANT_TYPES[quant_type], (address(bias), dtype_number(bias))
+    table = code_4bit(quant_type, device).data_ptr()
+    bias_of = _nothing if bias is None else weakref.ref(bias)
+    multiply, dequantize = _C.gemm_4bit, _C.dequantize_4bit
+
+    def run(A: Tensor) -> Tensor:
+        rows, dtype = rows_of(A), A.dtype
+        how = plan(rows, n, k, blocksize, dtype, index)
+        if how.path is Path.DEQUANTIZE:
+            weight, bias = empty((n, k), dtype=dtype, device=device), bias_of()
+            weight_arguments = (256, n * k, blocksize, quant, weight.data_ptr(), DTYPES[dtype])
+            dequantize(index, stream_of(index), packed, *statistics, *weight_arguments)
+            return torch.nn.functional.linear(A, weight, None if bias is None else bias.to(dtype))
+        A = A if is_plain(A) else plain(A)
+        out = empty((*A.shape[:-1], n), dtype=dtype, device=device)
+        if rows:
+            multiply(
+                how.path.value,
+                how.split,
+                index,
+                stream_of(index),
+                A.data_ptr(),
+                DTYPES[dtype],
+                rows,
+                n,
+                k,
+                packed,
+                *statistics,
+                blocksize,
+                quant,
+                *offset,
+                out.data_ptr(),
+                table,
+            )
+        return out
+
+    return run
+
+
+def _nothing() -> None:
+    return None
+
+
 #: What this module serves, by op.
 MATMUL_KERNELS = (
-    Kernel("gemm_4bit", gemm_4bit),
+    Kernel("gemm_4bit", gemm_4bit, bind=bind_gemm_4bit),
     Kernel("gemm_4bit_transposed", gemm_4bit_transposed),
     Kernel("gemv_4bit", gemv_4bit),
     Kernel("gemv_4bit.out", gemv_4bit_out),

@@ -21,6 +21,8 @@ class Path(Enum):
     DEQUANTIZE = 3
     #: As tiles, with the matrix units of compute capability 9.0.
     GROUPS = 4
+    #: As few rows, with the bulk copies of compute capability 9.0 and later.
+    STREAM = 5
 
 
 class Plan(NamedTuple):
@@ -63,7 +65,7 @@ def plan_gemm_4bit(
     if not fits_matrix_units(n, k, blocksize, dtype, capability):
         return Plan(Path.SCALAR if rows <= MOST_ROWS_SCALAR else Path.DEQUANTIZE)
     if rows <= MOST_ROWS_FEW:
-        return Plan(Path.FEW)
+        return Plan(Path.STREAM if capability >= 90 else Path.FEW)
     if capability == 90 and blocksize >= 64:
         if rows <= MOST_ROWS_GROUPS:
             return Plan(Path.GROUPS, split_of(rows, n, k, capability, processors))

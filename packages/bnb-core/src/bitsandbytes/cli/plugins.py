@@ -92,7 +92,8 @@ def state_of(plugin: dict[str, Any]) -> Text:
         return styled("available", "good")
     if plugin["status"] in ("broken", "incompatible"):
         return styled(plugin["status"], "bad")
-    return styled("not available", "poor") if plugin["status"] == "registered" else styled(plugin["status"])
+    declined = plugin["status"] in ("registered", "called")
+    return styled("not available", "poor") if declined else styled(plugin["status"])
 
 
 def print_reasons(described: list[dict[str, Any]]) -> None:

@@ -6,9 +6,11 @@ import contextlib
 import sys
 from typing import Any
 
+from bitsandbytes.backends.description import Availability
 from bitsandbytes.backends.plugin import FAILED, Plugin, Status
 from bitsandbytes.backends.registry import REGISTRY, Registry
 from bitsandbytes.contract import OP_API_VERSION
+from bitsandbytes.diagnostics.machine import usable_devices
 from bitsandbytes.errors import BackendError
 
 
@@ -24,7 +26,7 @@ def describe_plugins(registry: Registry = REGISTRY) -> list[dict[str, Any]]:
 def describe_plugin(plugin: Plugin, registry: Registry = REGISTRY) -> dict[str, Any]:
     """One plugin; ``ops`` is ``None`` where its kernels cannot be loaded here."""
     ops = _coverage(plugin, registry)
-    availability = plugin.availability()
+    availability = _availability(plugin)
     return {
         "name": plugin.name,
         "distribution": plugin.distribution,
@@ -42,6 +44,17 @@ def describe_plugin(plugin: Plugin, registry: Registry = REGISTRY) -> dict[str, 
         "ops": ops,
         "unknown_ops": list(plugin.unknown_ops),
     }
+
+
+def _availability(plugin: Plugin) -> Availability:
+    """Whether a plugin serves its devices here; a callable does not say, so its devices are looked for."""
+    answer = plugin.availability()
+    if plugin.status is not Status.CALLED or not plugin.devices:
+        return answer
+    if {device.type for device in usable_devices()}.isdisjoint(plugin.devices):
+        listed = " or ".join(plugin.devices)
+        return Availability(False, f"its kernels are registered, but torch can use no device of type {listed} here")
+    return answer
 
 
 def is_failed(description: dict[str, Any]) -> bool:

@@ -78,12 +78,13 @@ class Linear8bitLt(Storage8bit, torch.nn.Linear):
     def _multiply(self, x: torch.Tensor, weight: Any, bias: torch.Tensor | None) -> torch.Tensor:
         """The product with an int8 weight, by the short way where there is one."""
         state, bound = self.state, bound_of(self)
-        plain = state.outlier_pool is None and state.SCB is not None
-        if plain and bound.threshold == state.threshold and bound.takes(x, weight, bias, state.SCB):
+        SCB, threshold = state.SCB, state.threshold
+        if SCB is None or state.outlier_pool is not None:
+            return matmul(x, weight, bias=bias, state=state)
+        if bound.threshold == threshold and bound.takes(x, weight, bias, SCB):
             return bound.run(x)
         result = matmul(x, weight, bias=bias, state=state)
-        if plain and not result.requires_grad and not is_intercepted():
-            bound.threshold = state.threshold
-            frozen = (weight.detach(), state.SCB, state.threshold, bias)
-            bound.bind("int8_linear", x, weight, bias, (state.SCB,), frozen)
+        if not result.requires_grad and not is_intercepted():
+            bound.threshold = threshold
+            bound.bind("int8_linear", x, weight, bias, (SCB,), (weight.detach(), SCB, threshold, bias))
         return result

@@ -57,6 +57,9 @@ class Worker:
         if not self._ready(plugin):
             self.tell("unavailable", reason=plugin.cause or plugin.availability().reason, mend=plugin.mend)
             return 0
+        if not answers(self.request["device"]):
+            self.tell("unavailable", reason=f"torch cannot use device {self.request['device']!r} here", mend="")
+            return 0
         chosen = Selection(tuple(self.request["ops"]), tuple(self.request["patterns"]))
         gaps = Gaps.read(Path(self.request["gaps"]) if self.request["gaps"] else None)
         checks = list(chosen.checks())
@@ -95,7 +98,8 @@ def answers(device: str) -> bool:
     """Whether a device still takes work."""
     try:
         return torch.ones(1, device=device).cpu().item() == 1.0
-    except RuntimeError:
+    # Besides RuntimeError, a build of torch without the device raises AssertionError.
+    except (RuntimeError, AssertionError):
         return False
 
 

@@ -5,21 +5,23 @@
 
 #if defined(__AVX512BW__)
 #include "codebook_avx512-inl.h"
-#endif
+#else
 
 namespace bnb_cpu {
 namespace BNB_ISA {
 
-#if !defined(__AVX512BW__)
-
 class Codebook {
  public:
+  // Values in a block, at most.
+  static constexpr int kBlock = 256;
+
   void prepare(const float* qmap) {
     memcpy(values_, qmap, sizeof values_);
     fill_grid_codes(qmap, 256, grid_codes_);
     grid_codes_[kNanPosition] = 0;
   }
 
+  // `values` has room for a whole block.
   void decode(const uint8_t* codes, float absmax, int count, float* values) const {
     const Table256 table(values_);
     const F32 scale = splat(absmax);
@@ -32,20 +34,13 @@ class Codebook {
     }
   }
 
-  // Values that encode_step takes.
-  static constexpr int kStep = 32;
-
-  // Whether encode_step serves values whose absmax has this reciprocal.
-  bool is_usual(float) const { return true; }
-
-  // Scales and encodes kStep values.
-  BNB_FN void encode_step(const Codebook& book, const float* values, float scale, uint8_t* codes) {
-    encode_block_8bit(values, kStep, scale, book.grid_codes_, codes);
-  }
-
-  // Scales and encodes any values.
-  void encode_each(const float* values, float scale, int count, uint8_t* codes) const {
-    encode_block_8bit(values, count, scale, grid_codes_, codes);
+  // absmax: that of the values, which are all finite. Values after the last one may be overwritten.
+  void encode(float* values, float absmax, int count, uint8_t* codes) const {
+    if (absmax == 0.0f) {
+      memset(codes, 0, static_cast<size_t>(count));
+    } else {
+      encode_block_8bit(values, count, 1.0f / absmax, grid_codes_, codes);
+    }
   }
 
  private:
@@ -53,7 +48,7 @@ class Codebook {
   uint8_t grid_codes_[bnb::kGridPoints + 1];
 };
 
-#endif
-
 }  // namespace BNB_ISA
 }  // namespace bnb_cpu
+
+#endif

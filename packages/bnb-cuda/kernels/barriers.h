@@ -1,0 +1,81 @@
+// Barriers in shared memory that count arrivals and bytes, and bulk copies that arrive at them (compute
+// capability 9.0 and later).
+#pragma once
+
+#include "gemm4.h"
+
+#if !defined(BNB_HIP) && BNB_DEVICE_ARCH >= 900
+#define BNB_BULK_COPIES 1
+#else
+#define BNB_BULK_COPIES 0
+#endif
+
+namespace bnb_gpu {
+
+__device__ __forceinline__ unsigned shared_address(const void* pointer) {
+  return static_cast<unsigned>(__cvta_generic_to_shared(pointer));
+}
+
+// One thread calls this; `publish_barriers` and a barrier of the thread block follow.
+__device__ __forceinline__ void initialize(uint64_t* barrier, int arrivals) {
+#if BNB_BULK_COPIES
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
+#endif
+}
+
+__device__ __forceinline__ void publish_barriers() {
+#if BNB_BULK_COPIES
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ void arrive(uint64_t* barrier) {
+#if BNB_BULK_COPIES
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
+#endif
+}
+
+// Arrives, and has the barrier wait for so many bytes besides.
+__device__ __forceinline__ void arrive_expecting(uint64_t* barrier, int bytes) {
+#if BNB_BULK_COPIES
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
+               : "memory");
+#endif
+}
+
+// Waits until the phase of this parity is over; a fresh barrier counts as past the phase of parity 1.
+__device__ __forceinline__ void wait(uint64_t* barrier, int parity) {
+#if BNB_BULK_COPIES
+  asm volatile(
+      "{\n.reg .pred done;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@!done bra again;\n}\n" ::
+          "r"(shared_address(barrier)),
+      "r"(parity)
+      : "memory");
+#endif
+}
+
+// Copies bytes, a multiple of 16 between addresses that are multiples of 16.
+__device__ __forceinline__ void copy_bulk(void* to, const void* from, int bytes, uint64_t* barrier) {
+#if BNB_BULK_COPIES
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+          shared_address(to)),
+      "l"(from), "r"(bytes), "r"(shared_address(barrier))
+      : "memory");
+#endif
+}
+
+// A place in a ring of stages, and the parity of the pass through it.
+template <int kStages>
+struct RingPlace {
+  int slot = 0, parity = 0;
+
+  __device__ __forceinline__ void advance() {
+    if (++slot == kStages) {
+      slot = 0;
+      parity ^= 1;
+    }
+  }
+};
+
+}  // namespace bnb_gpu
