@@ -30,6 +30,8 @@ include_patterns = [
     "packages/*/README.md",
     "packages/*/kernels/README.md",
 ]
+# Not even looked into.
+exclude_patterns = [".*", "dist", "models", "**/build"]
 
 # Every link to a page, a heading or a file is looked up; `-W` makes a broken one an error.
 nitpicky = True

@@ -6,9 +6,9 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 
-import importlib_metadata
 import pytest
 
 os.environ["BNB_BACKENDS"] = ""
@@ -65,7 +65,7 @@ class PluginSite:
         env = {name: value for name, value in os.environ.items() if not name.startswith("BNB_")}
         env["PYTHONPATH"] = os.pathsep.join([str(self.path), *filter(None, [env.get("PYTHONPATH")])])
         env["OMP_NUM_THREADS"] = "1"
-        installed = {entry.name for entry in importlib_metadata.entry_points(group="bitsandbytes.backends")}
+        installed = {entry.name for entry in metadata.entry_points(group="bitsandbytes.backends")}
         if installed:
             env["BNB_DISABLE_BACKENDS"] = ",".join(sorted(installed))
         return {name: value for name, value in (env | variables).items() if value is not None}

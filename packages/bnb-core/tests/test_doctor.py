@@ -4,6 +4,7 @@ import base64
 import hashlib
 import json
 import math
+import os
 import shutil
 from pathlib import Path
 
@@ -163,6 +164,33 @@ def test_the_loader_of_another_package_calls_a_description(recwarn):
     assert "another distribution has written its files over the package" in str(recwarn.pop().message)
 
 
+def test_a_folder_that_hides_the_installed_package(plugin_site, tmp_path):
+    installed = tmp_path / "installed"
+    installed.mkdir()
+    # The directory that the program is run from has a source checkout without metadata.
+    checkout = copy_of_core(plugin_site)
+    shutil.copytree(checkout, installed / "bitsandbytes")
+    (info,) = plugin_site.path.glob("bnb_core-*.dist-info")
+    shutil.move(info, installed)
+    code, report = report_of(plugin_site, "--no-selftest", PYTHONPATH=str(installed))
+    assert code == 1
+    (finding,) = [finding for finding in report["findings"] if "is in the way" in finding["text"]]
+    assert f"imported from {checkout}, " in finding["text"]
+    assert f"installed in {installed}:" in finding["text"]
+
+
+def test_two_installations_of_the_core(plugin_site, tmp_path):
+    copy_of_core(plugin_site)
+    second = tmp_path / "user-site"
+    info = second / "bnb_core-0.49.9.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: bnb-core\nVersion: 0.49.9\n")
+    path = os.pathsep.join([str(plugin_site.path), str(second)])
+    _code, report = report_of(plugin_site, "--no-selftest", PYTHONPATH=path)
+    (finding,) = [text for text in texts(report) if "times, and the first is used" in text]
+    assert f"{bitsandbytes.__version__} in {plugin_site.path}, 0.49.9 in {second}" in finding
+
+
 # --- versions, torch, devices ---------------------------------------------------------------------
 
 
@@ -214,6 +242,71 @@ def test_a_gpu_that_torch_cannot_use(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     (finding,) = findings.torch_findings([CPU])
     assert "can use none: CUDA_VISIBLE_DEVICES hides every GPU" in finding.text
+
+
+TOO_OLD = "The NVIDIA driver on your system is too old (found version 11040). Please update your GPU driver"
+
+
+def test_a_driver_that_is_too_old(monkeypatch):
+    torch_built_for(monkeypatch, cuda="12.8")
+    monkeypatch.setattr(findings, "why_no_cuda", lambda: TOO_OLD)
+    (finding,) = findings.torch_findings([CPU])
+    assert TOO_OLD in finding.text
+    assert finding.mend.startswith("install a driver for CUDA 12.8 or later")
+
+
+@pytest.mark.parametrize(("cuda", "hip", "plugin"), [("12.8", None, "rocm"), (None, "6.4", "cuda")])
+def test_a_backend_for_the_other_vendor(monkeypatch, cuda, hip, plugin):
+    torch_built_for(monkeypatch, cuda=cuda, hip=hip)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    registry = Registry()
+    registry.plugins.append(Plugin(plugin))
+    monkeypatch.setattr(findings, "REGISTRY", registry)
+    (finding,) = findings.torch_findings([CPU, CUDA])
+    assert f"backend {plugin!r} is installed, but torch" in finding.text
+    assert finding.mend.startswith(f"pip uninstall -y bnb-{plugin} && pip install")
+
+
+def test_a_torch_that_is_too_old(monkeypatch):
+    torch_built_for(monkeypatch)
+    monkeypatch.setattr(torch, "__version__", "2.3.1+cpu")
+    (finding,) = findings.torch_findings([CPU])
+    assert (finding.level, finding.mend) == (Level.ERROR, "pip install --upgrade torch")
+
+
+@pytest.mark.parametrize(
+    ("error", "hint"),
+    [
+        ("/lib/libc.so.6: version `GLIBC_2.34' not found (required by _C.so)", "libc has GLIBC 2.34 or later"),
+        ("libstdc++.so.6: version `GLIBCXX_3.4.32' not found", "libstdc++ has GLIBCXX 3.4.32 or later"),
+        ("_C.so: undefined symbol: _ZN3c105ErrorC2E", "built against other versions of its libraries"),
+        ("libnvJitLink.so.12: cannot open shared object file", "install the library libnvJitLink.so.12"),
+        ("no card", ""),
+    ],
+)
+def test_what_a_native_module_wants_that_does_not_load(error, hint):
+    registry = Registry()
+    plugin = Plugin("late", "bnb-late", "1.0")
+    plugin.fail(Status.BROKEN, f"loading its kernels raised ImportError: {error}", ImportError(error))
+    registry.plugins.append(plugin)
+    (finding,) = [finding for finding in findings.plugin_findings([], registry) if "'late'" in finding.text]
+    assert hint in finding.mend
+    assert finding.mend.endswith("pip install --upgrade --force-reinstall --no-deps bnb-late")
+
+
+def test_a_runtime_of_another_version_on_the_path_of_the_loader(monkeypatch, tmp_path):
+    from bitsandbytes.diagnostics import cuda
+
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    monkeypatch.setattr(cuda, "CUDA_RUNTIME_LIB_PATTERNS", ("libcudart*.so*",))
+    for major in (11, 12):
+        (tmp_path / str(major)).mkdir()
+        (tmp_path / str(major) / f"libcudart.so.{major}").touch()
+    monkeypatch.setenv("LD_LIBRARY_PATH", os.pathsep.join([str(tmp_path / "12"), str(tmp_path / "11"), ""]))
+    (finding,) = findings.environment_findings()
+    assert f"the runtime of CUDA 11 in {tmp_path / '11'}" in finding.text
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert list(findings.environment_findings()) == []
 
 
 @pytest.mark.parametrize(

@@ -379,12 +379,22 @@ def test_deprecated_fields_of_the_state():
 def test_functions_by_their_old_signature():
     layer = quantized(bias=False)
     state = bnb.MatmulLtState(CB=layer.weight.data, SCB=layer.weight.SCB)
-    state.has_fp16_weights = False
+    state.has_fp16_weights, state.is_training = False, False
     x = torch.randn(2, 64)
     y = MatMul8bitLt.apply(x, layer.weight, None, None, state)
     assert torch.equal(y, layer.eval()(x))
     out = torch.empty_like(y)
     assert bnb.matmul(x, layer.weight.data, out=out, state=state) is out and torch.equal(out, y)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_forward_does_not_depend_on_gradients(training):
+    """Activation checkpointing runs a layer once without and once with them."""
+    layer = quantized(bias=True).train(training)
+    x = torch.randn(3, 64)
+    with torch.no_grad():
+        expected = layer(x)
+    assert torch.equal(layer(x.requires_grad_()), expected)
 
 
 @pytest.mark.parametrize("threshold", [0.0, 6.0])

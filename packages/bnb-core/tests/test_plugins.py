@@ -464,7 +464,7 @@ print(set(answers), failures, sys.modules["plugin_good"].log)
 def test_an_application_without_metadata(plugin_site):
     plugin_site.install("good", backend_source("good"))
     out = plugin_site.python(
-        "import importlib_metadata\nimportlib_metadata.entry_points = lambda **params: ()\n"
+        "import importlib.metadata\nimportlib.metadata.entry_points = lambda **params: ()\n"
         + PRELUDE
         + "print(answer(), REGISTRY.plugins)",
         BNB_DISABLE_BACKENDS=None,

@@ -256,18 +256,38 @@ void store_transposed(const Word* values, int64_t value_stride, int64_t lane_cou
   }
 }
 
-// One value of a bias, which may have another dtype than the product.
-BNB_FN float bias_at(const void* bias, int dtype, int64_t index) {
-  switch (static_cast<bnb::Dtype>(dtype)) {
-    case bnb::Dtype::kFloat32:
-      return static_cast<const float*>(bias)[index];
-    case bnb::Dtype::kFloat16:
-      return bnb::to_float(static_cast<const bnb::Half*>(bias)[index]);
-    case bnb::Dtype::kBFloat16:
-      return bnb::to_float(static_cast<const bnb::BFloat16*>(bias)[index]);
+// A bias, which may have another dtype than the product, or null.
+struct Bias {
+  const void* data;
+  int dtype;
+
+  bool given() const { return data != nullptr; }
+
+  float operator[](int64_t index) const {
+    switch (static_cast<bnb::Dtype>(dtype)) {
+      case bnb::Dtype::kFloat32:
+        return static_cast<const float*>(data)[index];
+      case bnb::Dtype::kFloat16:
+        return bnb::to_float(static_cast<const bnb::Half*>(data)[index]);
+      case bnb::Dtype::kBFloat16:
+        return bnb::to_float(static_cast<const bnb::BFloat16*>(data)[index]);
+    }
+    return 0.0f;
   }
-  return 0.0f;
-}
+
+  // kLanes values from `index` on.
+  F32 lanes(int64_t index) const {
+    switch (static_cast<bnb::Dtype>(dtype)) {
+      case bnb::Dtype::kFloat32:
+        return load(static_cast<const float*>(data) + index);
+      case bnb::Dtype::kFloat16:
+        return load(static_cast<const bnb::Half*>(data) + index);
+      case bnb::Dtype::kBFloat16:
+        return load(static_cast<const bnb::BFloat16*>(data) + index);
+    }
+    return splat(0.0f);
+  }
+};
 
 }  // namespace BNB_ISA
 }  // namespace bnb_cpu

@@ -84,12 +84,10 @@ void multiply_many(const Weight4& weight, const T* a, int64_t count, int threads
 }
 
 template <class T>
-void multiply_4bit(const Weight4& weight, const T* a, int64_t count, const void* bias, int bias_dtype, T* out,
-                   int threads) {
+void multiply_4bit(const Weight4& weight, const T* a, int64_t count, Bias bias, T* out, int threads) {
   if (count == 0 || weight.rows == 0) {
     return;
   }
-  const auto bias_of = [=](int64_t row) { return bias == nullptr ? 0.0f : bias_at(bias, bias_dtype, row); };
   const int64_t left = count % kLanes;
   // Rows that would leave most lanes of a last vector empty.
   const int64_t few = count <= kDotRows ? count : left <= min_of(kDotRows, kLanes / 2) ? left : 0;
@@ -97,12 +95,10 @@ void multiply_4bit(const Weight4& weight, const T* a, int64_t count, const void*
   if (many > 0) {
     multiply_many(weight, a, many, threads, [&](int64_t lane, int64_t lane_count, int64_t row, int64_t row_count,
                                                float* sums, int64_t stride) {
-      if (bias != nullptr) {
-        for (int64_t r = 0; r < row_count; ++r) {
-          const F32 term = splat(bias_of(row + r));
-          for (int64_t l = 0; l < lane_count; l += kLanes) {
-            store(sums + r * stride + l, load(sums + r * stride + l) + term);
-          }
+      for (int64_t r = 0; bias.given() && r < row_count; ++r) {
+        const F32 term = splat(bias[row + r]);
+        for (int64_t l = 0; l < lane_count; l += kLanes) {
+          store(sums + r * stride + l, load(sums + r * stride + l) + term);
         }
       }
       store_transposed(sums, stride, lane_count, row_count, out + lane * features + row, features);
@@ -110,9 +106,17 @@ void multiply_4bit(const Weight4& weight, const T* a, int64_t count, const void*
   }
   if (few > 0) {
     T* const to = out + many * features;
-    multiply_few(weight, a + many * weight.width, few, threads, [=](int64_t row, int64_t m, float sum) {
-      bnb::from_float(bias == nullptr ? sum : sum + bias_of(row), to[m * features + row]);
-    });
+    multiply_few(weight, a + many * weight.width, few, threads,
+                 [=](int64_t row, int64_t row_count, int64_t m, const float* sums) {
+                   int64_t r = 0;
+                   for (; r + kLanes <= row_count; r += kLanes) {
+                     const F32 sum = load(sums + r);
+                     store(to + m * features + row + r, bias.given() ? sum + bias.lanes(row + r) : sum);
+                   }
+                   for (; r < row_count; ++r) {
+                     bnb::from_float(bias.given() ? sums[r] + bias[row + r] : sums[r], to[m * features + row + r]);
+                   }
+                 });
   }
 }
 
@@ -198,8 +202,8 @@ void multiply_4bit_transposed(const Weight4& weight, const T* a, int64_t count, 
       for (int64_t r = begin; r < end; ++r) {
         Word* to = scalars + r * stride;
         memset(to, 0, static_cast<size_t>(stride) * sizeof(Word));
-        for (int64_t n = 0; r < rows && n < weight.rows; ++n) {
-          Operands::set(to + n / kPerWord, n % kPerWord, a[(slab + r) * weight.rows + n]);
+        if (r < rows) {
+          Operands::copy_row(a + (slab + r) * weight.rows, weight.rows, to);
         }
       }
     });
@@ -257,8 +261,8 @@ void gemm_4bit(const void* a, int dtype, int64_t count, const uint8_t* packed, i
                [&](const Weight4& weight) {
                  with_dtype(dtype, [&](auto type) {
                    using T = typename decltype(type)::type;
-                   multiply_4bit(weight, static_cast<const T*>(a), count, bias, bias_dtype, static_cast<T*>(out),
-                                 threads);
+                   multiply_4bit(weight, static_cast<const T*>(a), count, Bias{bias, bias_dtype},
+                                 static_cast<T*>(out), threads);
                  });
                });
 }

@@ -252,8 +252,11 @@ struct ScaledBFloat16Dot {
 #endif
 
 
+// Rows of the weight that go through one stretch of the activations together.
+constexpr int64_t kDotBlock = 16;
+
 // Adds the products over elements [k, k + count) of kWeights weight rows, in grouped order, to
-// sums[r * kActs + m].
+// totals[m * kDotBlock + r].
 template <class Dot, int kWeights, int kActs>
 void dot_chunk(const Dot& dot, const Weight4& weight, int64_t row, int64_t k, int64_t count,
                const typename Dot::Word* acts, F32* totals) {
@@ -267,7 +270,7 @@ void dot_chunk(const Dot& dot, const Weight4& weight, int64_t row, int64_t k, in
     from[r] = weight.packed + ((row + r) * weight.width + k) / 2;
 #pragma GCC unroll 8
     for (int m = 0; m < kActs; ++m) {
-      sums[r][m] = totals[r * kActs + m];
+      sums[r][m] = totals[m * kDotBlock + r];
     }
   }
   const int64_t whole = count / kGroup * kGroup;
@@ -296,39 +299,13 @@ void dot_chunk(const Dot& dot, const Weight4& weight, int64_t row, int64_t k, in
   for (int r = 0; r < kWeights; ++r) {
 #pragma GCC unroll 8
     for (int m = 0; m < kActs; ++m) {
-      totals[r * kActs + m] = sums[r][m];
+      totals[m * kDotBlock + r] = sums[r][m];
     }
   }
 }
 
-// The same for a weight that is decoded in plain order.
-template <int kActs>
-void dot_row_plain(const Weight4& weight, const Table16& table, int64_t row, const float* acts, float* out) {
-  F32 sums[kActs];
-  for (int m = 0; m < kActs; ++m) {
-    sums[m] = splat(0.0f);
-  }
-  float values[kChunk];
-  for (int64_t k = 0; k < weight.width; k += kChunk) {
-    const int64_t count = min_of(kChunk, weight.width - k), padded = round_up(count, kLanes);
-    decode_plain(weight, table, row, k, count, padded, values);
-    for (int64_t at = 0; at < padded; at += kLanes) {
-      const F32 value = load(values + at);
-#pragma GCC unroll 8
-      for (int m = 0; m < kActs; ++m) {
-        sums[m] = fma(value, load(acts + (k + at) * kActs + m * kLanes), sums[m]);
-      }
-    }
-  }
-  for (int m = 0; m < kActs; ++m) {
-    out[m] = reduce_add(sums[m]);
-  }
-}
-
-// Rows of the weight that go through one stretch of the activations together.
-constexpr int64_t kDotBlock = 16;
-
-// store(row, m, sum) for each weight row and each of kActs rows of activations.
+// store(row, count, m, sums) takes the products of `count` weight rows with row m of the activations; sums has room
+// for kDotBlock.
 template <class Dot, int kActs, class Store>
 void dot_weight(const Weight4& weight, const typename Dot::Word* acts, int threads, const Store& store) {
   constexpr int kWeights = Dot::template weights<kActs>();
@@ -349,33 +326,56 @@ void dot_weight(const Weight4& weight, const typename Dot::Word* acts, int threa
         const int64_t count = min_of(kStretch, weight.width - k);
         int64_t r = 0;
         for (; r + kWeights <= rows; r += kWeights) {
-          dot_chunk<Dot, kWeights, kActs>(dot, weight, first + r, k, count, acts, totals + r * kActs);
+          dot_chunk<Dot, kWeights, kActs>(dot, weight, first + r, k, count, acts, totals + r);
         }
         for (; r < rows; ++r) {
-          dot_chunk<Dot, 1, kActs>(dot, weight, first + r, k, count, acts, totals + r * kActs);
+          dot_chunk<Dot, 1, kActs>(dot, weight, first + r, k, count, acts, totals + r);
         }
       }
-      float sums[kDotBlock * kActs];
-      for (int64_t i = 0; i < rows * kActs; i += kLanes) {
-        BNB_ISA::store(sums + i, sums_of_lanes(totals + i));
-      }
-      for (int64_t i = 0; i < rows * kActs; ++i) {
-        store(first + i / kActs, i % kActs, sums[i]);
+      for (int m = 0; m < kActs; ++m) {
+        float sums[kDotBlock];
+        for (int64_t r = 0; r < kDotBlock; r += kLanes) {
+          BNB_ISA::store(sums + r, sums_of_lanes(totals + m * kDotBlock + r));
+        }
+        store(first, rows, m, sums);
       }
     }
   });
 }
 
+// The same for a weight that is decoded in plain order.
 template <int kActs, class Store>
 void dot_weight_plain(const Weight4& weight, const float* acts, int threads, const Store& store) {
-  const int64_t parts = parts_of(threads, weight.rows, weight.rows * weight.width * kActs);
-  parallel_parts(parts, weight.rows, [&](int64_t, int64_t begin, int64_t end) {
+  const int64_t units = ceil_divide(weight.rows, kDotBlock);
+  const int64_t parts = parts_of(threads, units, weight.rows * weight.width * kActs);
+  parallel_parts(parts, units, [&](int64_t, int64_t begin, int64_t end) {
     const Table16 table(weight.values);
-    float sums[kActs];
-    for (int64_t row = begin; row < end; ++row) {
-      dot_row_plain<kActs>(weight, table, row, acts, sums);
+    for (int64_t unit = begin; unit < end; ++unit) {
+      const int64_t first = unit * kDotBlock, rows = min_of(kDotBlock, weight.rows - first);
+      float sums[kActs][kDotBlock];
+      for (int64_t r = 0; r < rows; ++r) {
+        F32 totals[kActs];
+        for (int m = 0; m < kActs; ++m) {
+          totals[m] = splat(0.0f);
+        }
+        float values[kChunk];
+        for (int64_t k = 0; k < weight.width; k += kChunk) {
+          const int64_t count = min_of(kChunk, weight.width - k), padded = round_up(count, kLanes);
+          decode_plain(weight, table, first + r, k, count, padded, values);
+          for (int64_t at = 0; at < padded; at += kLanes) {
+            const F32 value = load(values + at);
+#pragma GCC unroll 8
+            for (int m = 0; m < kActs; ++m) {
+              totals[m] = fma(value, load(acts + (k + at) * kActs + m * kLanes), totals[m]);
+            }
+          }
+        }
+        for (int m = 0; m < kActs; ++m) {
+          sums[m][r] = reduce_add(totals[m]);
+        }
+      }
       for (int m = 0; m < kActs; ++m) {
-        store(row, m, sums[m]);
+        store(first, rows, m, sums[m]);
       }
     }
   });

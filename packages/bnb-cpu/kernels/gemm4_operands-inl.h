@@ -17,6 +17,18 @@ struct FloatOperands {
     words[0] = bnb::to_float(value);
   }
 
+  // A row of the scalar side, in plain order. The words behind it are zero already.
+  template <class T>
+  static void copy_row(const T* from, int64_t count, Word* out) {
+    int64_t k = 0;
+    for (; k + kLanes <= count; k += kLanes) {
+      store(out + k, load(from + k));
+    }
+    for (; k < count; ++k) {
+      out[k] = bnb::to_float(from[k]);
+    }
+  }
+
   // Words of consecutive elements of a row, kLanes of them, and the step of word i relative to the group that they
   // begin in; `k` is relative to the group too.
   template <class T>
@@ -64,6 +76,10 @@ struct BFloat16Operands {
     memcpy(reinterpret_cast<char*>(words) + 2 * part, &value, sizeof value);
   }
 
+  static void copy_row(const bnb::BFloat16* from, int64_t count, Word* out) {
+    memcpy(out, from, static_cast<size_t>(count) * sizeof *from);
+  }
+
   // Elements that share a word stand next to each other in plain order, and four apart in grouped order, where
   // each part of eight elements is rearranged.
   static F32 words_at(const bnb::BFloat16* from) { return {_mm512_castsi512_ps(_mm512_loadu_si512(from))}; }
@@ -82,7 +98,7 @@ struct BFloat16Operands {
     if (!weight.grouped_order) {
       float values[kChunk];
       decode_row(weight, table, row, k, count, values);
-      for (int64_t at = 0; at < count; at += 2 * kLanes) {
+      for (int64_t at = 0; at < round_up(count, kGroup); at += 2 * kLanes) {
         _mm512_storeu_si512(out + at / 2, round_words(load(values + at), load(values + at + kLanes)));
       }
       return;
@@ -109,8 +125,14 @@ struct BFloat16Operands {
   // A word holds the same element of two rows.
   static void decode_lanes(const Weight4& weight, const Table16& table, int64_t step, int64_t k, int64_t count,
                            Word* out) {
+    const int64_t row = 2 * step;
+    if (weight.grouped_order && weight.blocksize >= kGroup / 2 && weight.width % (kGroup / 2) == 0 &&
+        row + 1 < weight.rows) {
+      decode_two_rows(weight, table, row, k, count, out);
+      return;
+    }
     float first[kChunk], second[kChunk];
-    const int64_t row = 2 * step, padded = round_up(count, kGroup);
+    const int64_t padded = round_up(count, kGroup);
     decode_row(weight, table, row, k, count, first);
     if (row + 1 < weight.rows) {
       decode_row(weight, table, row + 1, k, count, second);
@@ -123,6 +145,45 @@ struct BFloat16Operands {
   }
 
  private:
+  // Rows of which each half of a group lies in one block: the four tables of a group are scaled and rounded, and one
+  // look-up among their 64 entries gives both rows. The fifth bit of an index chooses the row, the sixth the half.
+  static void decode_two_rows(const Weight4& weight, const Table16& table, int64_t row, int64_t k, int64_t count,
+                              Word* out) {
+    float buffers[2][kMaxScales + kLanes];
+    const Scales4 first = scales_of(weight, row, k, count, buffers[0]);
+    const Scales4 second = scales_of(weight, row + 1, k, count, buffers[1]);
+    const int64_t element = row * weight.width + k;
+    const uint8_t* const from = weight.packed + element / 2;
+    const __m512i nibbles = _mm512_set1_epi32(0x000f000f), low_word = _mm512_set1_epi32(0xffff);
+    const __m512i choice = _mm512_inserti64x4(_mm512_set1_epi32(0x00100000), _mm256_set1_epi32(0x00300020), 1);
+    constexpr int kSelect = 0xca, kMaskThenOr = 0xea;
+    for (int64_t at = 0; at < count; at += kGroup) {
+      const int64_t dwords = min_of(kGroup, count - at) / 8;
+      const bool whole = dwords == kLanes;
+      const auto scaled = [&](int64_t half) {
+        return round_words(scale(table, first.of_element(element + at + half)),
+                           scale(table, second.of_element(element + weight.width + at + half)));
+      };
+      const __m512i low = scaled(0), high = whole ? scaled(kGroup / 2) : _mm512_setzero_si512();
+      const uint8_t* const next = from + weight.width / 2;
+      __m512i codes = (whole ? load_dwords(from + at / 2) : load_dwords(from + at / 2, dwords)).v;
+      __m512i others = (whole ? load_dwords(next + at / 2) : load_dwords(next + at / 2, dwords)).v;
+      others = _mm512_rol_epi32(others, 16);
+#pragma GCC unroll 8
+      for (int i = 0; i < 8; ++i) {
+        const __m512i both = _mm512_ternarylogic_epi32(low_word, codes, others, kSelect);
+        const __m512i index = _mm512_ternarylogic_epi32(both, nibbles, choice, kMaskThenOr);
+        _mm512_storeu_si512(out + at + i * kLanes, _mm512_permutex2var_epi16(low, index, high));
+        codes = _mm512_srli_epi32(codes, 4);
+        others = _mm512_ror_epi32(others, 4);
+      }
+    }
+  }
+
+  static F32 scale(const Table16& table, float factor) {
+    return {_mm512_mul_ps(table.entries, _mm512_set1_ps(factor))};
+  }
+
   // Words of lane l: low[l], high[l].
   static __m512i interleave(F32 low, F32 high) {
     const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
@@ -150,9 +211,8 @@ struct BFloat16Operands {
   static void decode_halves(const Scales4& scales, const Table16& table, const uint8_t* from, int64_t element,
                             int64_t count, Word* out) {
     for (int64_t at = 0; at < count; at += kGroup) {
-      const F32 low = {_mm512_mul_ps(table.entries, splat(scales.of_element(element + at)).v)};
-      const F32 high = {_mm512_mul_ps(table.entries, splat(scales.of_element(element + at + kGroup / 2)).v)};
-      const __m512i scaled = round_words(low, high);
+      const __m512i scaled = round_words(scale(table, scales.of_element(element + at)),
+                                         scale(table, scales.of_element(element + at + kGroup / 2)));
       __m512i codes = _mm512_loadu_si512(from + at / 2);
 #pragma GCC unroll 4
       for (int j = 0; j < 4; ++j) {

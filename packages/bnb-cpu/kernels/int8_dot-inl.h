@@ -98,7 +98,7 @@ constexpr int64_t kInt8Block = 16;
 // Vectors of sums, which are added up across lanes at the end.
 using Int8Total = I32;
 
-// Adds the products over elements [k, k + count) of kWeights weight rows to totals[r * kActs + m].
+// Adds the products over elements [k, k + count) of kWeights weight rows to totals[m * kInt8Block + r].
 template <int kWeights, int kActs>
 void dot_int8(const int8_t* weight, int64_t width, int64_t k, int64_t count, const Int8Dot::Word* acts,
               Int8Total* totals) {
@@ -107,7 +107,7 @@ void dot_int8(const int8_t* weight, int64_t width, int64_t k, int64_t count, con
   for (int r = 0; r < kWeights; ++r) {
 #pragma GCC unroll 8
     for (int m = 0; m < kActs; ++m) {
-      sums[r][m] = totals[r * kActs + m];
+      sums[r][m] = totals[m * kInt8Block + r];
     }
   }
   const auto add = [&](int64_t at, const auto&... left) {
@@ -136,7 +136,7 @@ void dot_int8(const int8_t* weight, int64_t width, int64_t k, int64_t count, con
   for (int r = 0; r < kWeights; ++r) {
 #pragma GCC unroll 8
     for (int m = 0; m < kActs; ++m) {
-      totals[r * kActs + m] = sums[r][m];
+      totals[m * kInt8Block + r] = sums[r][m];
     }
   }
 }
@@ -157,7 +157,7 @@ void dot_int8(const int8_t* weight, int64_t width, int64_t k, int64_t count, con
       for (int64_t at = k; at < k + count; ++at) {
         sum += static_cast<uint32_t>(static_cast<int32_t>(weight[r * width + at]) * acts[at * kActs + m]);
       }
-      totals[r * kActs + m] += sum;
+      totals[m * kInt8Block + r] += sum;
     }
   }
 }
@@ -167,7 +167,7 @@ BNB_FN void add_up(const Int8Total* totals, int64_t count, int32_t* sums) {
 }
 #endif
 
-// store(row, m, sum) for every row of the weight and kActs rows of `a`.
+// store(row, count, m, sums) takes the products of `count` weight rows, up to kInt8Block, with row m of `a`.
 template <int kActs, class Store>
 void multiply_int8_few(const int8_t* a, const int8_t* b, int64_t rows, int64_t width, int threads,
                        const Store& store) {
@@ -193,17 +193,19 @@ void multiply_int8_few(const int8_t* a, const int8_t* b, int64_t rows, int64_t w
         const int64_t here = min_of(kStretch, width - k);
         int64_t r = 0;
         for (; r + kWeights <= count; r += kWeights) {
-          dot_int8<kWeights, kActs>(b + (first + r) * width, width, k, here, acts, totals + r * kActs);
+          dot_int8<kWeights, kActs>(b + (first + r) * width, width, k, here, acts, totals + r);
         }
         for (; r < count; ++r) {
-          dot_int8<1, kActs>(b + (first + r) * width, width, k, here, acts, totals + r * kActs);
+          dot_int8<1, kActs>(b + (first + r) * width, width, k, here, acts, totals + r);
         }
       }
-      int32_t sums[kInt8Block * kActs];
-      add_up(totals, kInt8Block * kActs, sums);
-      for (int64_t i = 0; i < count * kActs; ++i) {
-        const uint32_t sum = static_cast<uint32_t>(sums[i]) - corrections[i % kActs];
-        store(first + i / kActs, i % kActs, static_cast<int32_t>(sum));
+      int32_t sums[kActs][kInt8Block];
+      add_up(totals, kInt8Block * kActs, sums[0]);
+      for (int m = 0; m < kActs; ++m) {
+        for (int64_t r = 0; r < count; ++r) {
+          sums[m][r] = static_cast<int32_t>(static_cast<uint32_t>(sums[m][r]) - corrections[m]);
+        }
+        store(first, count, m, sums[m]);
       }
     }
   });

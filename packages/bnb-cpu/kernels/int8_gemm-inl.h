@@ -46,7 +46,7 @@ struct Int8Product {
 #elif defined(__AVX2__)
     const __m256i pairs = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(lanes));
     return {_mm256_add_epi32(sum.v, _mm256_madd_epi16(pairs, _mm256_set1_epi32(word)))};
-#elif defined(__ARM_NEON)
+#elif defined(BNB_NEON)
     const int16x8_t pairs = vreinterpretq_s16_s32(vld1q_s32(lanes));
     const int16x8_t other = vreinterpretq_s16_s32(vdupq_n_s32(word));
     const int32x4_t low = vmull_s16(vget_low_s16(pairs), vget_low_s16(other));
@@ -67,7 +67,7 @@ struct Int8Product {
     return {_mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)))};
 #elif defined(__AVX2__)
     return {_mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)))};
-#elif defined(__ARM_NEON)
+#elif defined(BNB_NEON)
     return {vreinterpretq_s32_s16(vmovl_s8(vld1_s8(from)))};
 #else
     return {lane_word(from)};
@@ -194,7 +194,9 @@ void multiply_int8(const int8_t* a, const int8_t* b, int64_t count, int64_t rows
     with_count<Int8Dot::kRows>(few, [&](auto acts) {
       multiply_int8_few<decltype(acts)::value>(
           a + many * width, b, rows, width, threads,
-          [&](int64_t row, int64_t m, int32_t sum) { take_few(row, many + m, sum); });
+          [&](int64_t row, int64_t row_count, int64_t m, const int32_t* sums) {
+            take_few(row, row_count, many + m, sums);
+          });
     });
   }
 }
@@ -206,7 +208,9 @@ void int8_matmul(const int8_t* a, const int8_t* b, int64_t count, int64_t rows, 
       [=](int64_t lane, int64_t lane_count, int64_t row, int64_t row_count, const int32_t* sums, int64_t stride) {
         store_transposed(sums, stride, lane_count, row_count, out + lane * rows + row, rows);
       },
-      [=](int64_t row, int64_t m, int32_t sum) { out[m * rows + row] = sum; });
+      [=](int64_t row, int64_t row_count, int64_t m, const int32_t* sums) {
+        memcpy(out + m * rows + row, sums, static_cast<size_t>(row_count) * sizeof *sums);
+      });
 }
 
 // --- scaling ---------------------------------------------------------------------------------------------
@@ -217,53 +221,68 @@ constexpr float kCodeScale = static_cast<float>(1.0 / 127.0);
 
 // What becomes of a sum: scales, bias, and the part of the outlier columns in floating point.
 struct Int8Epilogue {
-  const float* row_stats;
+  const float* row_stats;  // `lanes` entries
   const float* col_stats;
-  const void* bias;
-  int bias_dtype;
+  Bias bias;
   const int8_t* weight;  // rows of `width`, for the outlier columns
   int64_t width;
   const int64_t* outlier_columns;
   int64_t outlier_count;
-  const float* outliers;  // outliers[column * lanes + row]
-  int64_t lanes;
-
-  float bias_of(int64_t column) const { return bias == nullptr ? 0.0f : bias_at(bias, bias_dtype, column); }
+  const float* outliers;  // outliers[i * lanes + row]
+  int64_t lanes;          // rows of the product, rounded up to whole vectors
 
   float code(int64_t column, int64_t i) const {
     return static_cast<float>(weight[column * width + outlier_columns[i]]);
   }
 
-  float operator()(int64_t column, int64_t row, int32_t sum) const {
+  float value(int64_t row, int64_t column, int32_t sum) const {
     float value = static_cast<float>(sum) * (row_stats[row] * col_stats[column] * kProductScale);
-    if (bias != nullptr) {
-      value += bias_of(column);
-    }
-    if (outlier_count > 0) {
-      float correction = 0.0f;
-      for (int64_t i = 0; i < outlier_count; ++i) {
-        correction += outliers[i * lanes + row] * code(column, i);
-      }
-      value += correction * (col_stats[column] * kCodeScale);
+    if (bias.given()) {
+      value += bias[column];
     }
     return value;
   }
 
-  // Turns a block of sums into floats in place. `row_stats` has `lanes` entries here.
+  // One row of the product.
+  template <class T>
+  void row(int64_t row, int64_t column, int64_t column_count, const int32_t* sums, T* out) const {
+    float values[kInt8Block];
+    int64_t c = 0;
+    for (; c + kLanes <= column_count; c += kLanes) {
+      const F32 factor = splat(row_stats[row]) * load(col_stats + column + c) * splat(kProductScale);
+      const F32 scaled = to_float(load(sums + c)) * factor;
+      store(values + c, bias.given() ? scaled + bias.lanes(column + c) : scaled);
+    }
+    for (; c < column_count; ++c) {
+      values[c] = value(row, column + c, sums[c]);
+    }
+    for (c = 0; outlier_count > 0 && c < column_count; ++c) {
+      float correction = 0.0f;
+      for (int64_t i = 0; i < outlier_count; ++i) {
+        correction += outliers[i * lanes + row] * code(column + c, i);
+      }
+      values[c] += correction * (col_stats[column + c] * kCodeScale);
+    }
+    for (c = 0; c + kLanes <= column_count; c += kLanes) {
+      store(out + c, load(values + c));
+    }
+    for (; c < column_count; ++c) {
+      bnb::from_float(values[c], out[c]);
+    }
+  }
+
+  // Turns a block of sums into floats in place.
   void block(int64_t row, int64_t row_count, int64_t column, int64_t column_count, int32_t* sums,
              int64_t stride) const {
     for (int64_t c = 0; c < column_count; ++c) {
       int32_t* const from = sums + c * stride;
       float* const to = reinterpret_cast<float*>(from);
       const F32 scale = splat(col_stats[column + c]), product_scale = splat(kProductScale);
-      const F32 term = splat(bias_of(column + c));
+      const F32 term = splat(bias.given() ? bias[column + c] : 0.0f);
       for (int64_t r = 0; r < row_count; r += kLanes) {
         const F32 factor = load(row_stats + row + r) * scale * product_scale;
-        F32 value = to_float(load(from + r)) * factor;
-        if (bias != nullptr) {
-          value = value + term;
-        }
-        store(to + r, value);
+        const F32 scaled = to_float(load(from + r)) * factor;
+        store(to + r, bias.given() ? scaled + term : scaled);
       }
       if (outlier_count > 0) {
         add_outliers(row, row_count, column + c, to);
@@ -287,7 +306,7 @@ struct Int8Epilogue {
 template <class X, class T>
 void scaled_int8_product(const int8_t* a, const int8_t* b, const float* row_stats, const float* col_stats,
                          int64_t count, int64_t rows, int64_t width, const X* x, const int64_t* outlier_columns,
-                         int64_t outlier_count, const void* bias, int bias_dtype, T* out, int threads) {
+                         int64_t outlier_count, Bias bias, T* out, int threads) {
   const int64_t lanes = round_up(count, kLanes);
   Scratch scratch(Scratch::bytes_for<float>(lanes) + Scratch::bytes_for<float>(outlier_count * lanes));
   float* const stats = scratch.take<float>(lanes);
@@ -300,8 +319,8 @@ void scaled_int8_product(const int8_t* a, const int8_t* b, const float* row_stat
       outliers[i * lanes + row] = row < count ? bnb::to_float(x[row * width + outlier_columns[i]]) : 0.0f;
     }
   }
-  const Int8Epilogue epilogue{stats, col_stats,       bias,          bias_dtype, b,
-                              width, outlier_columns, outlier_count, outliers,   lanes};
+  const Int8Epilogue epilogue{stats,           col_stats,     bias,     b,    width,
+                              outlier_columns, outlier_count, outliers, lanes};
   multiply_int8(
       a, b, count, rows, width, threads,
       [&](int64_t lane, int64_t lane_count, int64_t row, int64_t row_count, int32_t* sums, int64_t stride) {
@@ -309,7 +328,9 @@ void scaled_int8_product(const int8_t* a, const int8_t* b, const float* row_stat
         store_transposed(reinterpret_cast<const float*>(sums), stride, lane_count, row_count, out + lane * rows + row,
                          rows);
       },
-      [&](int64_t row, int64_t m, int32_t sum) { bnb::from_float(epilogue(row, m, sum), out[m * rows + row]); });
+      [&](int64_t row, int64_t row_count, int64_t m, const int32_t* sums) {
+        epilogue.row(m, row, row_count, sums, out + m * rows + row);
+      });
 }
 
 void int8_scaled_mm(const int8_t* a, const int8_t* b, const float* row_stats, const float* col_stats, int64_t count,
@@ -318,7 +339,7 @@ void int8_scaled_mm(const int8_t* a, const int8_t* b, const float* row_stats, co
   with_dtype(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     scaled_int8_product(a, b, row_stats, col_stats, count, rows, width, static_cast<const T*>(x), outlier_columns,
-                        outlier_count, bias, bias_dtype, static_cast<T*>(out), threads);
+                        outlier_count, Bias{bias, bias_dtype}, static_cast<T*>(out), threads);
   });
 }
 
@@ -334,8 +355,8 @@ void int8_linear(const void* x, int dtype, int64_t count, const int8_t* b, const
     const T* from = static_cast<const T*>(x);
     const int64_t outliers =
         quantize_int8_rows(from, count, width, threshold, codes, width, stats, columns, threads);
-    scaled_int8_product(codes, b, stats, col_stats, count, rows, width, from, columns, outliers, bias, bias_dtype,
-                        static_cast<T*>(out), threads);
+    scaled_int8_product(codes, b, stats, col_stats, count, rows, width, from, columns, outliers,
+                        Bias{bias, bias_dtype}, static_cast<T*>(out), threads);
   });
 }
 
@@ -346,26 +367,12 @@ void int8_mm_dequant(const int32_t* sums, const float* row_stats, const float* c
   with_dtype(dtype, [=](auto type) {
     using T = typename decltype(type)::type;
     T* const to = static_cast<T*>(out);
+    const Int8Epilogue epilogue{row_stats, col_stats, Bias{bias, bias_dtype}, nullptr, 0, nullptr, 0, nullptr, 0};
     parallel(threads, rows, grain_of(max_of(columns, 1)), [=](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row) {
-        const int32_t* from = sums + row * columns;
-        const float row_scale = row_stats[row];
-        int64_t c = 0;
-        for (; c + kLanes <= columns; c += kLanes) {
-          const F32 factor = splat(row_scale) * load(col_stats + c) * splat(kProductScale);
-          F32 value = to_float(load(from + c)) * factor;
-          if (bias != nullptr) {
-            float terms[kLanes];
-            for (int lane = 0; lane < kLanes; ++lane) {
-              terms[lane] = bias_at(bias, bias_dtype, c + lane);
-            }
-            value = value + load(terms);
-          }
-          store(to + row * columns + c, value);
-        }
-        for (; c < columns; ++c) {
-          const float value = static_cast<float>(from[c]) * (row_scale * col_stats[c] * kProductScale);
-          bnb::from_float(bias == nullptr ? value : value + bias_at(bias, bias_dtype, c), to[row * columns + c]);
+        for (int64_t c = 0; c < columns; c += kInt8Block) {
+          const int64_t at = row * columns + c;
+          epilogue.row(row, c, min_of(kInt8Block, columns - c), sums + at, to + at);
         }
       }
     });

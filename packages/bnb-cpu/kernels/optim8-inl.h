@@ -21,6 +21,16 @@ inline float tame_absmax(float* values, int count) {
   return bnb::float_of(most);
 }
 
+template <class T>
+bool has_gradient(const Span<T>& span) {
+  for (int i = 0; i < span.size; ++i) {
+    if (bnb::to_float(span.g[i]) != 0.0f) {
+      return true;
+    }
+  }
+  return false;
+}
+
 template <bnb::Rule kRule, class V, class T>
 BNB_FN void move_one_8bit(const Span<T>& span, float (*values)[kUnit], int at, const bnb::RuleConstants<V>& constants,
                           bool skip_zeros, const int32_t* noise) {
@@ -43,6 +53,9 @@ void move_8bit(const Tensor& t, int64_t begin, int64_t end) {
   Noise<T> noise(t);
   for (int64_t unit = begin; unit < end; ++unit) {
     const Span<T> span(t, unit);
+    if (t.skip_zeros && !has_gradient(span)) {
+      continue;  // Encoding again what has not changed would wear it down.
+    }
     uint8_t* codes[kValues];
     for (int s = 0; s < kValues; ++s) {
       codes[s] = static_cast<uint8_t*>(t.states[s]) + span.start;

@@ -1,6 +1,9 @@
 // Vectors of 4 lanes: AArch64 Advanced SIMD. The interface is described in simd_scalar.h.
 #pragma once
 
+// For #if inside kernels. Not the compiler's own macro, which holds in the scalar build too.
+#define BNB_NEON 1
+
 #include <arm_neon.h>
 #include <bnb/dtypes.h>
 #include <bnb/quant.h>

@@ -108,7 +108,8 @@ struct Kernels {
                                int threads);
 
   // The same with states of one byte. The table has a column with the addresses of their absmax after each
-  // column of states. qmap1, qmap2: codebooks of 256 ascending values.
+  // column of states. qmap1, qmap2: codebooks of 256 ascending values. With skip_zeros a block without any
+  // gradient keeps its codes.
   void (*optimizer_step_8bit)(int rule, int64_t tensors, const int64_t* table, int dtype, const float* qmap1,
                               const float* qmap2, const int64_t* steps, const double* schedule, const int64_t* seeds,
                               double lr, double beta1, double beta2, double beta3, double alpha, double eps,

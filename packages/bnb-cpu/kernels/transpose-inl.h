@@ -91,7 +91,7 @@ BNB_FN V sums_of_lanes(const V* v) {
   return low;
 #endif
 }
-#elif defined(__ARM_NEON)
+#elif defined(BNB_NEON)
 BNB_FN void transpose(F32 (&v)[kLanes]) {
   const auto wide = [](float32x4_t a) { return vreinterpretq_f64_f32(a); };
   const auto narrow = [](float64x2_t a) { return vreinterpretq_f32_f64(a); };

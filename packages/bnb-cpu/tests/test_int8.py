@@ -46,7 +46,7 @@ def matrices(draw: st.DrawFn) -> torch.Tensor:
     if draw(st.booleans()):
         scale = 10.0 ** draw(st.integers(-44, 37))
         return (torch.randn(rows, width, generator=generator) * scale).to(dtype)
-    raw = torch.randint(0, 256, (rows, width * dtype.itemsize), generator=generator, dtype=torch.uint8)
+    raw = torch.randint(0, 256, (rows * width * dtype.itemsize,), generator=generator, dtype=torch.uint8)
     return raw.view(dtype).reshape(rows, width)
 
 

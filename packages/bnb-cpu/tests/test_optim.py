@@ -1,8 +1,9 @@
 """Optimizer kernels against the reference, bit for bit where the order of operations is the same.
 
 States are computed in the reference's order, so they, their statistics and their codes have its bits. So
-has the parameter, except where a rule corrects a bias (the kernels multiply by a reciprocal that was rounded
-once, the reference divides) and where the update's norm is limited (the kernels sum in double).
+has the parameter, except where a rule has a root (torch's need not be the nearest number) or corrects a bias
+(the kernels multiply by a reciprocal that was rounded once, the reference divides), and where the update's
+norm is limited (the kernels sum in double).
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from hypothesis import strategies as st
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SIZES = (700, 0, 1, 256, 15, 257, 4096 + 33)
-CORRECTED = ("adam", "ademamix", "lamb", "lamb_l2")
+EXACT = ("lion", "momentum", "lars", "sgd")
 QMAPS = (create_dynamic_map(True), create_dynamic_map(False))
 every_rule = pytest.mark.parametrize("rule", RULES)
 every_width = pytest.mark.parametrize("eight", [False, True], ids=["32bit", "8bit"])
@@ -51,12 +52,13 @@ class Problem(NamedTuple):
 def make_problem(
     rule: str, eight: bool, dtype: torch.dtype, sizes: Sequence[int], generator: torch.Generator
 ) -> Problem:
-    """Random tensors; a fifth of the gradients is zero."""
+    """Random tensors; a fifth of the gradients is zero, and all those of the second block."""
     slots, two = RULES[rule].slots, RULES[rule].states == 2
     problem = Problem([], [], [], [], [], [])
     for size in sizes:
         g = torch.randn(size, generator=generator)
         g[::5] = 0.0
+        g[256:512] = 0.0
         problem.g.append(g.to(dtype))
         problem.p.append(torch.randn(size, generator=generator).to(dtype))
         shape = (slots, size) if slots > 1 else (size,)
@@ -111,23 +113,17 @@ def agree(rule: str, problem: Problem, n: Numbers, qmaps: Sequence[torch.Tensor]
     ours, theirs = problem.copy(), problem.copy()
     step(rule, ours, n, qmaps=qmaps)
     step(rule, theirs, n, "reference", qmaps=qmaps)
-    assert all(map(equal, ours.g, problem.g)), "a gradient was written"
+    assert all(map(same_bits, ours.g, problem.g)), "a gradient was written"
     for position, (state, wanted) in enumerate(zip(ours.states(), theirs.states(), strict=True)):
-        assert equal(state, wanted), f"state or statistics {position} differ"
+        assert same_bits(state, wanted), f"state or statistics {position} differ"
     for new, wanted, old in zip(ours.p, theirs.p, problem.p, strict=True):
-        if rule not in CORRECTED and not n.max_unorm:
-            assert equal(new, wanted), "parameter differs"
+        if rule in EXACT and not n.max_unorm:
+            assert same_bits(new, wanted), "parameter differs"
         else:
             check_parameter(new, wanted, old)
     return ours
 
 
-def equal(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether two tensors have the same bits, whatever the bits of a NaN."""
-    if a.is_floating_point():
-        assert torch.equal(a.isnan(), b.isnan())
-        a, b = a.nan_to_num(nan=0.0, posinf=None, neginf=None), b.nan_to_num(nan=0.0, posinf=None, neginf=None)
-    return same_bits(a, b)
 
 
 def check_parameter(new: torch.Tensor, wanted: torch.Tensor, old: torch.Tensor) -> None:

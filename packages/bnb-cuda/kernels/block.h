@@ -2,6 +2,9 @@
 #pragma once
 
 #include <bnb/dtypes.h>
+#include <bnb/portable.h>
+
+#include <type_traits>
 
 #include "vendor.h"
 
@@ -75,6 +78,35 @@ __device__ __forceinline__ void store_streaming(T* to, const Vector<T, kCount>& 
   }
 #endif
   *reinterpret_cast<Vector<T, kCount>*>(to) = data;
+}
+
+// Largest magnitude of the values, on the bits of float32; NaN does not count.
+template <class T, int kCount>
+__device__ __forceinline__ unsigned largest_magnitude(const Vector<T, kCount>& values) {
+#ifndef BNB_HIP
+  if constexpr (sizeof(T) == 2 && kCount % 2 == 0) {
+    using Pair = std::conditional_t<std::is_same_v<T, half_t>, __half2, __nv_bfloat162>;
+    unsigned words[kCount / 2];
+    memcpy(words, &values, sizeof words);
+    unsigned zero = 0;
+    Pair largest;
+    memcpy(&largest, &zero, sizeof zero);
+#pragma unroll
+    for (int i = 0; i < kCount / 2; ++i) {
+      const unsigned magnitudes = words[i] & 0x7fff7fffu;
+      Pair pair;
+      memcpy(&pair, &magnitudes, sizeof pair);
+      largest = __hmax2(largest, pair);
+    }
+    return bnb::bits_of(fmaxf(to_float(largest.x), to_float(largest.y)));
+  }
+#endif
+  float largest = 0.0f;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    largest = fmaxf(largest, fabsf(to_float(values.values[i])));
+  }
+  return bnb::bits_of(largest);
 }
 
 // Largest value over groups of `kWidth` neighbouring lanes, known to all of them.

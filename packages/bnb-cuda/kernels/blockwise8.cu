@@ -36,24 +36,15 @@ __device__ __forceinline__ Vector<uint8_t, kPerLane> load_codes(const uint8_t* c
 }
 
 template <class T>
-__device__ __forceinline__ unsigned largest_magnitude(const Vector<T, kPerLane>& values) {
-  unsigned largest = 0;
-#pragma unroll
-  for (int i = 0; i < kPerLane; ++i) {
-    largest = max(largest, bnb::magnitude_bits_or_zero(to_float(values.values[i])));
-  }
-  return largest;
-}
-
-template <class T>
 __device__ __forceinline__ void store_codes(const Vector<T, kPerLane>& values, float absmax, const Encoder8& encoder,
                                             uint8_t* codes, int64_t begin, int64_t count) {
   const float inverse = 1.0f / absmax;
-  Vector<uint8_t, kPerLane> out;
+  float scaled[kPerLane];
 #pragma unroll
   for (int i = 0; i < kPerLane; ++i) {
-    out.values[i] = encoder(to_float(values.values[i]) * inverse);
+    scaled[i] = to_float(values.values[i]) * inverse;
   }
+  const Vector<uint8_t, kPerLane> out = encoder(scaled);
   if (begin + kPerLane <= count) {
     store_streaming<uint8_t, kPerLane>(codes + begin, out);
     return;
@@ -134,7 +125,8 @@ __global__ void __launch_bounds__(kThreads)
     bits = block_max(bits, scratch);
     const float scale = bnb::float_of(bits), inverse = 1.0f / scale;
     for (int64_t i = begin + threadIdx.x; i < end; i += blockDim.x) {
-      codes[i] = encoder(to_float(x[i]) * inverse);
+      const float scaled[1] = {to_float(x[i]) * inverse};
+      codes[i] = encoder(scaled).values[0];
     }
     if (threadIdx.x == 0) {
       absmax[block] = scale;

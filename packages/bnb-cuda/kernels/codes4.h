@@ -33,18 +33,27 @@ struct Tables4 {
 // FP4 has three boundaries around zero in one cell; two comparisons more decide there.
 template <int kType>
 struct Encoder4 {
-  static constexpr int kCells = 32;
+  static constexpr int kCells = 64;
   static constexpr bool kTiny = kType == static_cast<int>(bnb::QuantType::kFp4);
-  // Adding this to a float32 leaves the rounded value in the low bits of its pattern.
-  static constexpr float kRounder = 12582912.0f;
+  // NF4 codes ascend with the values.
+  static constexpr bool kAscending = kType == static_cast<int>(bnb::QuantType::kNf4);
+  // Adding this to a float32 leaves the rounded value, counted from kZeroCell, in the low bits of its
+  // pattern. The arithmetic of NVIDIA's GPUs gives one pattern for NaN, with all of these bits set.
+  static constexpr int kZeroCell = 16;
+  static constexpr float kRounder = 12582912.0f + kZeroCell;
   static constexpr float kScale = 15.0f;
+#ifdef BNB_HIP
+  static constexpr bool kNanHasCell = false;
+#else
+  static constexpr bool kNanHasCell = true;
+#endif
 
   const uint2* cells;
 
   // All threads of the block call this; the caller synchronises afterwards.
   __device__ static void build(uint2* shared) {
     for (int i = threadIdx.x; i < kCells; i += blockDim.x) {
-      const int cell = i < 16 ? i : i - kCells;
+      const int cell = i - kZeroCell;
       const float low = (cell - 0.5f) / kScale - 1e-4f, high = (cell + 0.5f) / kScale + 1e-4f;
       int rank = 0;
       for (int k = 0; k < 15; ++k) {
@@ -55,21 +64,28 @@ struct Encoder4 {
       }
       const bool crossed = rank < 15 && Tables4<kType>::boundary(rank < 15 ? rank : 14) <= high;
       const unsigned below = Tables4<kType>::code(rank), above = Tables4<kType>::code(crossed ? rank + 1 : rank);
-      shared[i] = make_uint2(bnb::bits_of(crossed ? Tables4<kType>::boundary(rank) : 2.0f), below | above << 16);
+      const bool is_nan = i == kCells - 1;
+      shared[i] = make_uint2(bnb::bits_of(crossed && !is_nan ? Tables4<kType>::boundary(rank) : 2.0f),
+                             is_nan ? 0u : below | above << 16);
     }
   }
 
   __device__ __forceinline__ unsigned operator()(float scaled) const {
     const unsigned cell = bnb::bits_of(__fmaf_rn(scaled, kScale, kRounder)) & (kCells - 1);
     const uint2 entry = cells[cell];
-    unsigned code = scaled > bnb::float_of(entry.x) ? entry.y >> 16 : entry.y & 0xffffu;
-    if (kTiny && cell == 0) {
+    const bool above = scaled > bnb::float_of(entry.x);
+    if constexpr (kAscending) {
+      const unsigned code = (entry.y & 0xffffu) + (above ? 1u : 0u);
+      return kNanHasCell || scaled == scaled ? code : 0u;
+    }
+    unsigned code = above ? entry.y >> 16 : entry.y & 0xffffu;
+    if (kTiny && cell == kZeroCell) {
       constexpr float kNegative = tables4::kFp4Boundaries[6], kPositive = tables4::kFp4Boundaries[8];
       constexpr unsigned kBelow = tables4::kFp4Order[6], kAbove = tables4::kFp4Order[9];
       code = scaled <= kNegative ? kBelow : code;
       code = scaled > kPositive ? kAbove : code;
     }
-    return scaled == scaled ? code : 0u;
+    return kNanHasCell || scaled == scaled ? code : 0u;
   }
 
   // For values beyond [-1, 1], as in a block whose absmax has no finite reciprocal.

@@ -18,26 +18,34 @@ __device__ __forceinline__ void load_table(float* shared, const float* code, int
 
 // Finds the nearest codebook value; a tie goes to the even code, NaN to code 0.
 //
-// A first table, by sign, exponent and the five upper mantissa bits of the value, says how many
-// boundaries lie below all values with these bits. From there the boundaries are walked: one step on
-// average for the dynamic map, whatever their number for others.
+// Sign, exponent and the upper mantissa bits of a value name a cell. Its entry has the code at the cell's
+// end near zero and, where a boundary between codes crosses the cell, the mantissa bits from which on the
+// code is the next one: one look-up and one comparison of integers. The cells are narrow enough for the
+// dynamic maps; a codebook with several boundaries in a cell is searched by bisection.
 class Encoder8 {
  public:
-  // Values below 2^-kOctaves share a key, as do those from 1.
-  static constexpr int kOctaves = 24;
-  static constexpr int kSteps = 32;
-  static constexpr int kKeys = kOctaves * kSteps + 1;
+  // Values below 2^-kOctaves share a cell, as do those from 1. A codebook without negative values has
+  // twice the cells per octave.
+  static constexpr int kOctaves = 22;
+  static constexpr int kSignedBits = 6;
+  static constexpr int kCells = 2 * ((kOctaves << kSignedBits) + 1);
 
   struct Storage {
     float boundaries[256];
-    uint8_t first[2 * kKeys + 2];
+    unsigned entries[kCells];
+    int crowded;
   };
 
   // Of no use until it is assigned to.
-  __device__ Encoder8() : storage_(nullptr) {}
+  __device__ Encoder8() : storage_(nullptr), shift_(0), signed_(false) {}
 
   // All threads of the block call this; the caller synchronises afterwards.
-  __device__ Encoder8(Storage& storage, const float* code, int code_size) : storage_(&storage) {
+  __device__ Encoder8(Storage& storage, const float* code, int code_size)
+      : storage_(&storage), shift_(23 - kSignedBits), signed_(code[0] < 0.0f) {
+    shift_ -= signed_ ? 0 : 1;
+    if (threadIdx.x == 0) {
+      storage.crowded = 0;
+    }
     for (int i = threadIdx.x; i < 256; i += blockDim.x) {
       float boundary = bnb::float_of(0x7f800000u);
       if (i + 1 < code_size) {
@@ -50,36 +58,90 @@ class Encoder8 {
       storage.boundaries[i] = boundary;
     }
     __syncthreads();
-    for (int i = threadIdx.x; i < 2 * kKeys; i += blockDim.x) {
-      const int key = i % kKeys;
-      const bool negative = i >= kKeys;
-      // The smallest value with this key: its lower border, or minus its upper border.
-      float border = key == 0 ? 0.0f : border_of(key);
+    // A thread fills neighbouring cells: one search, then a walk along the boundaries.
+    const int side = cells_per_side(), total = signed_ ? 2 * side : side;
+    const int share = (total + blockDim.x - 1) / blockDim.x;
+    const int first = threadIdx.x * share, stop = min(first + share, total);
+    bool crowded = false;
+    int rank = 0;
+    for (int i = first; i < stop; ++i) {
+      const bool negative = i >= side;
+      const int cell = negative ? i - side : i;
+      if (i == first || cell == 0) {
+        rank = boundaries_below(negative ? above_minus(low_end(cell)) : low_end(cell));
+      }
+      // Positive: boundaries below the cell. Negative: boundaries up to minus the low end.
+      const int base = rank;
+      const float high = cell + 1 == side ? bnb::float_of(0x7f800000u) : low_end(cell + 1);
+      float boundary = 0.0f;
       if (negative) {
-        border = key == kKeys - 1 ? -bnb::float_of(0x7f800000u) : -border_of(key + 1);
+        while (rank > 0 && storage.boundaries[rank - 1] > -high) {
+          --rank;
+        }
+        boundary = base > 0 ? storage.boundaries[base - 1] : 0.0f;
+      } else {
+        while (rank < 255 && storage.boundaries[rank] < high) {
+          ++rank;
+        }
+        boundary = storage.boundaries[base];
       }
-      int rank = 0;
-      for (int step = 128; step > 0; step >>= 1) {
-        rank += storage.boundaries[rank + step - 1] < border ? step : 0;
-      }
-      storage.first[i] = static_cast<uint8_t>(rank);
+      const int crossing = negative ? base - rank : rank - base;
+      crowded |= crossing > 1 || (crossing == 1 && (cell == 0 || cell + 1 == side));
+      const unsigned low = bnb::bits_of(boundary) & low_mask();
+      const unsigned from = crossing == 0 ? low_mask() + 1 : negative ? low : low + 1;
+      storage.entries[i] = static_cast<unsigned>(base) << 24 | from;
+    }
+    if (crowded) {
+      storage.crowded = 1;
     }
   }
 
-  __device__ __forceinline__ uint8_t operator()(float scaled) const {
-    const unsigned bits = bnb::bits_of(scaled);
-    int key = static_cast<int>((bits & 0x7fffffffu) >> 18) - (127 - kOctaves) * kSteps;
-    key = min(max(key, 0), kKeys - 1);
-    int rank = storage_->first[key + (bits >> 31 ? kKeys : 0)];
-    while (scaled > storage_->boundaries[rank]) {
-      ++rank;
+  // Codes of several values: their look-ups overlap.
+  template <int kCount>
+  __device__ __forceinline__ Vector<uint8_t, kCount> operator()(const float (&scaled)[kCount]) const {
+    // Put together in registers: bytes of an array would go through local memory.
+    unsigned words[(kCount + 3) / 4] = {};
+    if (storage_->crowded) {
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) {
+        words[i / 4] |= (scaled[i] == scaled[i] ? boundaries_below(scaled[i]) : 0) << (8 * (i % 4));
+      }
+    } else {
+      search(scaled, words);
     }
-    return scaled == scaled ? static_cast<uint8_t>(rank) : uint8_t{0};
+    Vector<uint8_t, kCount> codes;
+    memcpy(&codes, words, sizeof codes);
+    return codes;
   }
 
  private:
-  __device__ static float border_of(int key) {
-    return bnb::float_of(static_cast<unsigned>(key + (127 - kOctaves) * kSteps) << 18);
+  template <int kCount>
+  __device__ __forceinline__ void search(const float (&scaled)[kCount], unsigned* words) const {
+    const int side = cells_per_side();
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      const unsigned bits = bnb::bits_of(scaled[i]);
+      const bool negative = bits >> 31 != 0;
+      const int magnitude = static_cast<int>(bits & 0x7fffffffu);
+      int cell = min(max((magnitude >> shift_) - first_cell(), 0), side - 1);
+      cell = negative ? (signed_ ? cell + side : 0) : cell;
+      const unsigned entry = storage_->entries[cell];
+      const int base = static_cast<int>(entry >> 24);
+      const bool crossed = (bits & low_mask()) >= (entry & 0xffffffu) && (signed_ || !negative);
+      const int rank = crossed ? (negative ? base - 1 : base + 1) : base;
+      words[i / 4] |= static_cast<unsigned>(scaled[i] == scaled[i] ? rank : 0) << (8 * (i % 4));
+    }
+  }
+
+  __device__ __forceinline__ int cells_per_side() const { return (kOctaves << (23 - shift_)) + 1; }
+  __device__ __forceinline__ int first_cell() const { return (127 - kOctaves) << (23 - shift_); }
+  __device__ __forceinline__ unsigned low_mask() const { return (1u << shift_) - 1; }
+  __device__ float low_end(int cell) const {
+    return cell == 0 ? 0.0f : bnb::float_of(static_cast<unsigned>(cell + first_cell()) << shift_);
+  }
+  // The smallest number above -x.
+  __device__ static float above_minus(float x) {
+    return x == 0.0f ? bnb::float_of(1u) : -bnb::float_of(bnb::bits_of(x) - 1);
   }
   __device__ static float float_below(float value) {
     const unsigned bits = bnb::bits_of(value);
@@ -88,8 +150,17 @@ class Encoder8 {
     }
     return bnb::float_of(value == 0.0f ? 0x80000001u : bits + 1);
   }
+  __device__ int boundaries_below(float value) const {
+    int rank = 0;
+    for (int step = 128; step > 0; step >>= 1) {
+      rank += storage_->boundaries[rank + step - 1] < value ? step : 0;
+    }
+    return rank;
+  }
 
   const Storage* storage_;
+  int shift_;
+  bool signed_;
 };
 
 }  // namespace bnb_gpu

@@ -128,12 +128,16 @@ __global__ void __launch_bounds__(kThreads, 1)
     fetch_scales(slot, next_step);
   };
 
-  unsigned left[2][kChunk / 16][4];
-  const auto decode = [&](int d, int step) {
+  // With 64 tokens, registers for the next operand are short: other groups fill the matrix units then.
+  constexpr bool kOverlaps = kTokens <= 32;
+  unsigned left[kOverlaps ? 2 : 1][kChunk / 16][4];
+  const auto enter = [&](int step) {
     wait_for_copies<kAhead - 1>();
     publish_to_matrix_units();
     __syncthreads();
     stage(step + kAhead);
+  };
+  const auto decode = [&](int d, int step) {
     const unsigned char* codes = shared + Layout::kCodes + (step - begin) % kStages * kCodeStage +
                                  own_row * kCodePitch + depth_group * (kChunk / 2) + t;
 #pragma unroll
@@ -142,7 +146,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       for (int j = 0; j < 4; ++j) {
         // Rows g and g + 8; columns 2 t and 2 t + 8 of a product: byte t of a word each.
         const unsigned byte = codes[(j % 2) * 8 * kCodePitch + (2 * i + j / 2) * 4];
-        left[d][i][j] = *reinterpret_cast<const unsigned*>(table + (byte << 7 | lane_offset));
+        left[kOverlaps ? d : 0][i][j] = *reinterpret_cast<const unsigned*>(table + (byte << 7 | lane_offset));
       }
     }
   };
@@ -152,25 +156,33 @@ __global__ void __launch_bounds__(kThreads, 1)
     begin_products();
 #pragma unroll
     for (int i = 0; i < kChunk / 16; ++i) {
-      multiply_group<T>(block, left[d][i], right + 2 * i, i > 0);
+      multiply_group<T>(block, left[kOverlaps ? d : 0][i], right + 2 * i, i > 0);
     }
     commit_products();
   };
 
+  // A step, and the sums of the one before it.
+  const auto take = [&](int d, int step) {
+    enter(step);
+    if (!kOverlaps) {
+      add_block(1 - d, step + 1);
+    }
+    decode(d, step);
+    if (kOverlaps) {
+      add_block(1 - d, step + 1);
+    }
+    multiply(d, step);
+  };
+
   const int last = begin + max(2, (end - begin + 1) / 2 * 2) - 1;
+  enter(begin);
   decode(0, begin);
   multiply(0, begin);
   for (int step = begin + 1; step < last; step += 2) {
-    decode(1, step);
-    add_block(0, step + 1);
-    multiply(1, step);
-    decode(0, step + 1);
-    add_block(1, step + 2);
-    multiply(0, step + 1);
+    take(1, step);
+    take(0, step + 1);
   }
-  decode(1, last);
-  add_block(0, end);
-  multiply(1, last);
+  take(1, last);
   add_block(1, end);
 
   // Sum over the two halves of the block, then over the cluster, in shared memory: token by row.

@@ -116,12 +116,13 @@ __global__ void __launch_bounds__(kThreads, 1)
     return;
   }
 
-  build_pair_table<T, kType>(reinterpret_cast<unsigned*>(shared));
   const int g = lane / 4, t = lane % 4;
   const unsigned lane_offset = 4 * lane;
 
   // Statistics: this warp brings those of rows `warp` (and `warp` + 16), a lane those of chunks lane + 32 e.
-  typename Scale::Stored raw[kScalesInFlight][kRowTiles][kPerLane];
+  // More of them are in flight at the beginning, when nothing else is to be done.
+  constexpr int kRaw = kAhead > kScalesInFlight ? kAhead : kScalesInFlight;
+  typename Scale::Stored raw[kRaw][kRowTiles][kPerLane];
   int raw_tile = blockIdx.x, raw_segment = 0;
   const auto fetch_scales = [&](int slot) {
 #pragma unroll
@@ -129,8 +130,9 @@ __global__ void __launch_bounds__(kThreads, 1)
       const int64_t begin = static_cast<int64_t>(min(raw_tile * kRows + 16 * r + warp, n - 1)) * k;
 #pragma unroll
       for (int e = 0; e < kPerLane; ++e) {
-        const int column = min(raw_segment * kStageColumns + (kLanes * e + lane) * kChunk, k - 1);
-        raw[slot][r][e] = scale_of.fetch((begin + column) >> block_shift);
+        const int column = raw_segment * kStageColumns + (kLanes * e + lane) * kChunk;
+        raw[slot][r][e] = scale_of.fetch((begin + min(column, k - 1)) >> block_shift);
+        raw[slot][r][e].absmax = column < k ? raw[slot][r][e].absmax : 0.0f;
       }
     }
     if (++raw_segment == segments) {
@@ -161,8 +163,12 @@ __global__ void __launch_bounds__(kThreads, 1)
   };
 #pragma unroll
   for (int s = 0; s < kAhead; ++s) {
-    fetch_scales(0);
-    store_scales(0);
+    fetch_scales(s);
+  }
+  build_pair_table<T, kType>(reinterpret_cast<unsigned*>(shared));
+#pragma unroll
+  for (int s = 0; s < kAhead; ++s) {
+    store_scales(s);
   }
 #pragma unroll
   for (int s = 0; s < kScalesInFlight; ++s) {
@@ -188,30 +194,48 @@ __global__ void __launch_bounds__(kThreads, 1)
   };
 
   float sums[kRowTiles][kTokenTiles][4] = {};
-  const auto multiply = [&](int slot, int chunk, const Activations<kChunk, kTokenTiles>& right) {
+  // Chunks that are multiplied together, each with two sums: short chains of products, much to overlap.
+  constexpr int kTogether = kTokenTiles == 1 ? 2 : 1, kChains = kTokenTiles == 1 ? 2 : 1;
+  using Right = Activations<kChunk, kTokenTiles>;
+  const auto multiply = [&](int slot, int chunk, const Right (&right)[kTogether]) {
     const unsigned char* from = stage_codes(slot) + g * kCodePitch + chunk * (kChunk / 2) + t * kLaneBytes;
     const float* scales = stage_scales(slot) + g * Layout::kScalePitch + chunk;
 #pragma unroll
     for (int r = 0; r < kRowTiles; ++r) {
-      Codes<kChunk> upper, lower;
-      memcpy(&upper, __builtin_assume_aligned(from + 16 * r * kCodePitch, kLaneBytes), kLaneBytes);
-      memcpy(&lower, __builtin_assume_aligned(from + (16 * r + 8) * kCodePitch, kLaneBytes), kLaneBytes);
-      const float scale[2] = {scales[16 * r * Layout::kScalePitch], scales[(16 * r + 8) * Layout::kScalePitch]};
-      float block[kTokenTiles][4] = {};
+      Codes<kChunk> codes[kTogether][2];
+      float scale[kTogether][2];
+#pragma unroll
+      for (int c = 0; c < kTogether; ++c) {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          const int row = 16 * r + 8 * h, other = kWarps * c;
+          memcpy(&codes[c][h],
+                 __builtin_assume_aligned(from + row * kCodePitch + other * (kChunk / 2), kLaneBytes), kLaneBytes);
+          scale[c][h] = scales[row * Layout::kScalePitch + other];
+        }
+      }
+      float block[kTogether][kChains][kTokenTiles][4] = {};
 #pragma unroll
       for (int i = 0; i < kChunk / 16; ++i) {
-        unsigned left[4];
-        decode_left<kChunk>(left, i, shared, lane_offset, upper, lower);
 #pragma unroll
-        for (int j = 0; j < kTokenTiles; ++j) {
-          multiply_tile<T>(block[j], left, right.words[j][2 * i], right.words[j][2 * i + 1]);
+        for (int c = 0; c < kTogether; ++c) {
+          unsigned left[4];
+          decode_left<kChunk>(left, i, shared, lane_offset, codes[c][0], codes[c][1]);
+#pragma unroll
+          for (int j = 0; j < kTokenTiles; ++j) {
+            multiply_tile<T>(block[c][i % kChains][j], left, right[c].words[j][2 * i], right[c].words[j][2 * i + 1]);
+          }
         }
       }
 #pragma unroll
-      for (int j = 0; j < kTokenTiles; ++j) {
+      for (int c = 0; c < kTogether; ++c) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          sums[r][j][i] = __fmaf_rn(block[j][i], scale[i / 2], sums[r][j][i]);
+        for (int j = 0; j < kTokenTiles; ++j) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            const float sum = kChains == 2 ? block[c][0][j][i] + block[c][kChains - 1][j][i] : block[c][0][j][i];
+            sums[r][j][i] = __fmaf_rn(sum, scale[c][i / 2], sums[r][j][i]);
+          }
         }
       }
     }
@@ -248,7 +272,15 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
   };
 
-  Activations<kChunk, kTokenTiles> values = load_activations(warp * kChunk);
+  // Activations of the chunks from `column` on that are multiplied together.
+  const auto load_right = [&](Right (&to)[kTogether], int column) {
+#pragma unroll
+    for (int c = 0; c < kTogether; ++c) {
+      to[c] = load_activations(column + c * kWarps * kChunk);
+    }
+  };
+  Right values[kTogether];
+  load_right(values, warp * kChunk);
   synchronize_math_warps();
   RingPlace<kStages> place;
   int segment = 0, round = 0;
@@ -262,14 +294,19 @@ __global__ void __launch_bounds__(kThreads, 1)
         const int begin = segment * kStageColumns, next_begin = last ? 0 : begin + kStageColumns;
         wait(full + place.slot, place.parity);
 #pragma unroll
-        for (int c = 0; c < kPerWarp; ++c) {
+        for (int c = 0; c < kPerWarp; c += kTogether) {
           const int chunk = kWarps * c + warp;
-          const Activations<kChunk, kTokenTiles> next =
-              load_activations(c + 1 < kPerWarp ? begin + (chunk + kWarps) * kChunk : next_begin + warp * kChunk);
+          Right next[kTogether];
+          load_right(next, c + kTogether < kPerWarp ? begin + (chunk + kTogether * kWarps) * kChunk
+                                                    : next_begin + warp * kChunk);
+          // Chunks beyond the last column have activations of zero; codes there are finite in any case.
           if (begin + chunk * kChunk < k) {
             multiply(place.slot, chunk, values);
           }
-          values = next;
+#pragma unroll
+          for (int e = 0; e < kTogether; ++e) {
+            values[e] = next[e];
+          }
         }
         __syncwarp();
         if (lane == 0) {

@@ -139,9 +139,11 @@ struct CodeStorage {
   static constexpr bool kBlocks = true;
 };
 
-// `kMeasure`: only the squares of the norms of update and parameter, one pair per unit.
-template <class T, bnb::Rule kRule, class Storage, bool kMeasure>
-__global__ void __launch_bounds__(kOptimizerThreads) optimizer_pass(const StepArguments a) {
+// `kMeasure`: only the squares of the norms of update and parameter, one pair per unit. `kByTensor`: each
+// parameter has constants of its own; otherwise they stay in the arguments, which costs no registers.
+template <class T, bnb::Rule kRule, class Storage, bool kMeasure, bool kByTensor>
+__global__ void __launch_bounds__(kOptimizerThreads, Storage::kBlocks && Shape<kRule>::kValues < 3 ? 3 : 2)
+    optimizer_pass(const __grid_constant__ StepArguments a) {
   using Element = typename Storage::Element;
   using Layout = Shape<kRule>;
   constexpr bool kCodes = Storage::kBlocks;
@@ -164,24 +166,42 @@ __global__ void __launch_bounds__(kOptimizerThreads) optimizer_pass(const StepAr
        unit < a.units; unit += groups) {
     const int64_t tensor = find_tensor(a, unit);
     const Row<T> row(a, tensor, sizeof(Element), Layout::kFirst > 1);
-    const StepConstants constants = a.by_tensor != nullptr ? a.by_tensor[tensor] : a.constants;
+    const auto constants_of = [&]() -> decltype(auto) {
+      if constexpr (kByTensor) {
+        return StepConstants(a.by_tensor[tensor]);
+      } else {
+        return (a.constants);
+      }
+    };
+    decltype(auto) constants = constants_of();
     const int64_t blocks = (row.count + kStateBlock - 1) / kStateBlock;
     const int64_t first_block = (unit - row.first_unit) * kUnitBlocks;
     const int64_t last_block = min(first_block + kUnitBlocks, blocks);
     double update_square = 0.0, parameter_square = 0.0;
-    for (int64_t block = first_block; block < last_block; ++block) {
-      const int64_t begin = block * kStateBlock + lane * kOwn;
-      const Vector<T, kOwn> gradient = load_own(row.g, begin, row.count, row.aligned);
-      const Vector<T, kOwn> parameter = load_own<T>(row.p, begin, row.count, row.aligned);
+    // What a lane has of a block.
+    struct Own {
+      Vector<T, kOwn> gradient, parameter;
       Vector<Element, kOwn> stored[Layout::kValues];
       float scales[Layout::kValues];
+    };
+    const auto load = [&](int64_t block) {
+      const int64_t begin = block * kStateBlock + lane * kOwn;
+      Own own;
+      own.gradient = load_own(row.g, begin, row.count, row.aligned);
+      own.parameter = load_own<T>(row.p, begin, row.count, row.aligned);
 #pragma unroll
       for (int s = 0; s < Layout::kValues; ++s) {
         const int which = s >= Layout::kFirst, slot = which ? s - Layout::kFirst : s;
         const Element* from = static_cast<const Element*>(row.state[which]) + slot * row.count;
-        stored[s] = load_own(from, begin, row.count, row.aligned);
-        scales[s] = kCodes ? row.absmax[which][slot * blocks + block] : 1.0f;
+        own.stored[s] = load_own(from, begin, row.count, row.aligned);
+        own.scales[s] = kCodes ? row.absmax[which][slot * blocks + block] : 1.0f;
       }
+      return own;
+    };
+    for (int64_t block = first_block; block < last_block; ++block) {
+      const int64_t begin = block * kStateBlock + lane * kOwn;
+      const Own own = load(block);
+      const auto& [gradient, parameter, stored, scales] = own;
       float values[Layout::kValues][kOwn];
       float moved[kOwn];
       unsigned largest[Layout::kValues] = {};
@@ -240,10 +260,12 @@ __global__ void __launch_bounds__(kOptimizerThreads) optimizer_pass(const StepAr
             const float absmax = bnb::float_of(group_max<kLanes>(largest[s]));
             const float inverse = 1.0f / absmax;
             const Encoder8& encoder = which ? second_encoder : first_encoder;
+            float scaled[kOwn];
 #pragma unroll
             for (int i = 0; i < kOwn; ++i) {
-              out.values[i] = encoder(values[s][i] * inverse);
+              scaled[i] = values[s][i] * inverse;
             }
+            out = encoder(scaled);
             if (lane == 0) {
               row.absmax[which][slot * blocks + block] = absmax;
             }
@@ -277,10 +299,15 @@ void run_pass(const Launch& launch, bnb::Rule rule, int dtype, const StepArgumen
     using T = typename decltype(type)::type;
     constexpr bnb::Rule kRule = decltype(formula)::value;
     const unsigned grid = launch.grid(ceil_div(a.units, kOptimizerThreads / kLanes), 8);
+    const auto go = [&](auto measures, auto by_tensor) {
+      optimizer_pass<T, kRule, Storage, decltype(measures)::value, decltype(by_tensor)::value>
+          <<<grid, kOptimizerThreads, 0, launch.stream()>>>(a);
+    };
+    const bool own_constants = a.by_tensor != nullptr;
     if (measure) {
-      optimizer_pass<T, kRule, Storage, true><<<grid, kOptimizerThreads, 0, launch.stream()>>>(a);
+      own_constants ? go(std::true_type{}, std::true_type{}) : go(std::true_type{}, std::false_type{});
     } else {
-      optimizer_pass<T, kRule, Storage, false><<<grid, kOptimizerThreads, 0, launch.stream()>>>(a);
+      own_constants ? go(std::false_type{}, std::true_type{}) : go(std::false_type{}, std::false_type{});
     }
   };
   with_dtype(dtype, [&](auto type) {

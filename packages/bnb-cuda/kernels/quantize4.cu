@@ -27,16 +27,6 @@ __device__ __forceinline__ Vector<T, kPerLane> load_values(const T* x, int64_t b
   return values;
 }
 
-template <class T>
-__device__ __forceinline__ unsigned largest_magnitude(const Vector<T, kPerLane>& values) {
-  unsigned largest = 0;
-#pragma unroll
-  for (int i = 0; i < kPerLane; ++i) {
-    largest = max(largest, bnb::magnitude_bits_or_zero(to_float(values.values[i])));
-  }
-  return largest;
-}
-
 // Writes the codes of 8 values, four bytes, fewer at the end of the tensor.
 __device__ __forceinline__ void store_codes(uint8_t* packed, int64_t begin, int64_t count, unsigned word) {
   if (begin + kPerLane <= count) {
@@ -66,7 +56,7 @@ __device__ __forceinline__ unsigned encode(const Vector<T, kPerLane>& values, un
 
 // Blocks of kBlock = 32 ... 256 values, each in kBlock / 8 lanes.
 template <class T, int kType, int kBlock>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 5)
     quantize4_lanes(const T* __restrict__ x, int64_t count, uint8_t* __restrict__ packed, float* __restrict__ absmax) {
   constexpr int kUnroll = sizeof(T) == 4 ? 2 : 4;
   constexpr int kTile = kThreads * kPerLane * kUnroll;

@@ -196,12 +196,11 @@ def matmul(
     if threshold > 0.0:
         state.threshold = threshold
     prepare_weight(B, state)
-    needs_grad = torch.is_grad_enabled() and (
-        A.requires_grad or B.requires_grad or (bias is not None and bias.requires_grad)
-    )
-    if needs_grad and state.is_training and A.device.type in FLOAT_TRAINING_DEVICES:
+    # Not a question of gradients: activation checkpointing runs a layer once without and once with them.
+    if state.is_training and A.device.type in FLOAT_TRAINING_DEVICES:
         return MatMul8bitFp.apply(A, B, out, bias, state)
-    if needs_grad:
+    needs_grad = A.requires_grad or B.requires_grad or (bias is not None and bias.requires_grad)
+    if needs_grad and torch.is_grad_enabled():
         return MatMul8bitLt.apply(A, B, out, bias, state)
     CB: Any = state.CB
     SCB: Any = state.SCB

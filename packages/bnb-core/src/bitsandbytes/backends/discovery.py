@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import time
 from collections.abc import Iterable
+from importlib import metadata
 from typing import Any
 
-import importlib_metadata
 import torch
 
 from bitsandbytes import contract
@@ -57,7 +58,7 @@ def load_plugins(
 
 def installed_entry_points() -> list[Any]:
     """Entry points of the group; an application frozen without metadata has none."""
-    return sorted(importlib_metadata.entry_points(group=GROUP), key=lambda entry: (entry.name, _distribution(entry)))
+    return sorted(metadata.entry_points(group=GROUP), key=lambda entry: (entry.name, _distribution(entry)))
 
 
 def _unique(registry: Registry, entry_points: Iterable[Any]) -> list[Any]:
@@ -97,6 +98,7 @@ def _load(plugin: Plugin, entry: Any) -> None:
         return
     plugin.status, plugin.cause = Status.REGISTERED, ""
     before = _registered_kernels()
+    start = time.perf_counter()
     try:
         # What a plugin prints must not get into the output of the user's program.
         with contextlib.redirect_stdout(sys.stderr):
@@ -107,6 +109,7 @@ def _load(plugin: Plugin, entry: Any) -> None:
     except BaseException as error:
         plugin.fail(Status.BROKEN, f"loading {plugin.target} raised {describe_exception(error)}", error)
     finally:
+        plugin.import_seconds = time.perf_counter() - start
         # torch cannot take a registration back: what a callable registered before it failed stays.
         if plugin.backend is None:
             plugin.direct_ops = tuple(sorted(_registered_kernels() - before))

@@ -61,6 +61,8 @@ class Plugin:
     mend: str = ""
     backend: Backend | None = None
     error: BaseException | None = None
+    #: How long its import took, which every ``import bitsandbytes`` waits for.
+    import_seconds: float = 0.0
     #: Ops that an upstream-style plugin registered directly with torch: ``(op, device type)``.
     direct_ops: tuple[tuple[str, str], ...] = ()
     #: Names of kernels that fit no op of this core, and are therefore never called.

@@ -3,27 +3,38 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 
 import torch
+from packaging.version import Version
 
 from bitsandbytes.backends.plugin import FAILED, WHEELS, Plugin, Status
 from bitsandbytes.backends.registry import REGISTRY, Registry
+from bitsandbytes.backends.settings import DENY
+from bitsandbytes.diagnostics.cuda import find_cuda_libraries_in_path_list
 from bitsandbytes.diagnostics.finding import Finding, Level
 from bitsandbytes.diagnostics.installation import (
     CORE,
+    PACKAGE_DIR,
     SHIM,
+    copies_of_core,
     installed_version,
     intruders,
     overwritten_files,
     restore_command,
     second_owner,
 )
-from bitsandbytes.diagnostics.machine import Device, gpu_vendors, why_no_cuda
+from bitsandbytes.diagnostics.machine import Device, gpu_vendors, torch_build, why_no_cuda
 from bitsandbytes.diagnostics.utils import listed
 
 #: How to get a fitting torch; its index differs by GPU, so the selector on its site is the way.
 OTHER_TORCH = 'install a build of torch for this GPU: choose it on PyTorch\'s page "Get started"'
+
+#: What the metadata of bnb-core demands, for those who installed without it.
+OLDEST_TORCH = (2, 4)
+#: Seconds from which the import of a plugin is worth a word.
+SLOW_IMPORT = 0.5
 
 
 def installation_findings() -> Iterator[Finding]:
@@ -43,6 +54,25 @@ def installation_findings() -> Iterator[Finding]:
             f"pip install --force-reinstall --no-deps {CORE}",
         )
     yield from _version_findings()
+
+
+def place_findings() -> Iterator[Finding]:
+    """Whether the package that is imported is the one that is installed, and installed once."""
+    copies = copies_of_core()
+    if len(copies) > 1:
+        places = ", ".join(f"{copy.version} in {copy.folder}" for copy in copies)
+        yield Finding(
+            Level.WARNING,
+            f"bnb-core is installed {len(copies)} times, and the first is used: {places}",
+            f"pip uninstall -y {CORE}, until pip finds no more, then pip install {CORE}",
+        )
+    if copies and copies[0].package is not None and copies[0].package != PACKAGE_DIR:
+        yield Finding(
+            Level.ERROR,
+            f"bitsandbytes is imported from {PACKAGE_DIR}, but bnb-core is installed in {copies[0].folder}: a folder "
+            "of that name is in the way, in the current directory or on PYTHONPATH",
+            f"rename {PACKAGE_DIR}, or run from another directory",
+        )
 
 
 def _version_findings() -> Iterator[Finding]:
@@ -79,6 +109,13 @@ def _version_findings() -> Iterator[Finding]:
 def torch_findings(devices: list[Device]) -> Iterator[Finding]:
     """Whether this build of torch fits the machine and the plugins."""
     gpu_build = torch.version.cuda is not None or torch.version.hip is not None
+    if Version(torch.__version__).release < OLDEST_TORCH:
+        oldest = ".".join(map(str, OLDEST_TORCH))
+        yield Finding(
+            Level.ERROR,
+            f"torch {torch.__version__} is older than {oldest}, the oldest that bnb-core works with",
+            "pip install --upgrade torch",
+        )
     usable = {device.type for device in devices}
     plugins = [plugin.name for plugin in REGISTRY.plugins if plugin.name in ("cuda", "rocm")]
     if not gpu_build and (vendors := gpu_vendors()):
@@ -94,13 +131,30 @@ def torch_findings(devices: list[Device]) -> Iterator[Finding]:
             f"{OTHER_TORCH}; or, on a machine without one: pip uninstall -y bnb-{plugins[0]}",
         )
     if gpu_build and "cuda" not in usable:
+        reason = why_no_cuda()
         yield Finding(
             Level.WARNING,
-            f"torch {torch.__version__} is built for GPUs but can use none: {why_no_cuda()}",
-            "check the driver with nvidia-smi or rocm-smi; in a container, pass the GPU through",
+            f"torch {torch.__version__} is built for GPUs but can use none: {reason}",
+            _mend_of_no_gpu(reason),
+        )
+    other = "rocm" if torch.version.cuda else "cuda"
+    if gpu_build and other in plugins:
+        fitting = "cuda" if torch.version.cuda else "rocm"
+        yield Finding(
+            Level.WARNING,
+            f"backend {other!r} is installed, but torch {torch.__version__} is a build for {torch_build()}",
+            f"pip uninstall -y bnb-{other} && pip install 'bnb-core[{fitting}]'; or {OTHER_TORCH}",
         )
     if "cuda" in usable and torch.version.cuda:
         yield from _capability_findings()
+
+
+def _mend_of_no_gpu(reason: str) -> str:
+    if "driver" in reason and "too old" in reason:
+        return f"install a driver for CUDA {torch.version.cuda} or later; or a torch for the CUDA that nvidia-smi shows"
+    if "hides every GPU" in reason:
+        return "unset CUDA_VISIBLE_DEVICES"
+    return "check the driver with nvidia-smi or rocm-smi; in a container, pass the GPU through (docker run --gpus all)"
 
 
 def _capability_findings() -> Iterator[Finding]:
@@ -134,6 +188,12 @@ def plugin_findings(devices: list[Device], registry: Registry = REGISTRY) -> Ite
                 f"{listed(list(plugin.unknown_ops))}; they are never called",
                 f"pip install --upgrade {CORE}",
             )
+        if plugin.import_seconds >= SLOW_IMPORT:
+            yield Finding(
+                Level.WARNING,
+                f"importing backend {plugin.name!r} takes {plugin.import_seconds:.1f} s of each import of bitsandbytes",
+                f"report it to {plugin.distribution}; to do without it: export {DENY}={plugin.name}",
+            )
     for device in devices:
         yield from _device_findings(device.type, registry)
     told = {plugin.describe_failure() for plugin in registry.plugins if plugin.status in FAILED} | {second_owner()}
@@ -163,8 +223,15 @@ def _device_findings(device: str, registry: Registry) -> Iterator[Finding]:
 
 
 def _library_hint(plugin: Plugin) -> str:
-    """For a failure to load a shared library: which one, before the general mend."""
+    """For a failure to load native code: what that kind of failure wants, before the general mend."""
     text = str(plugin.error or "")
+    if found := re.search(r"version [`'](GLIBC(?:XX)?|CXXABI)_([\d.]+)' not found", text):
+        library = "libc" if found[1] == "GLIBC" else "libstdc++"
+        return (
+            f"install a system or an environment whose {library} has {found[1]} {found[2]} or later; if there is one: "
+        )
+    if "undefined symbol" in text:
+        return "the module was built against other versions of its libraries; install a wheel built for these: "
     if "cannot open shared object file" not in text and "DLL load failed" not in text:
         return ""
     library = text.partition(":")[0]
@@ -179,4 +246,22 @@ def environment_findings() -> Iterator[Finding]:
                 Level.INFO,
                 f"{variable} has no effect: a backend wheel has one library for all supported runtimes",
                 f"unset {variable}",
+            )
+    yield from _runtime_findings()
+
+
+def _runtime_findings() -> Iterator[Finding]:
+    """A CUDA runtime on the path of the loader that comes before the one that torch brought."""
+    if not torch.version.cuda:
+        return
+    wanted = torch.version.cuda.partition(".")[0]
+    for folder in filter(None, os.environ.get("LD_LIBRARY_PATH", "").split(os.pathsep)):
+        names = [path.name for path in find_cuda_libraries_in_path_list(folder)]
+        majors = {found[1] for name in names if (found := re.match(r"libcudart\.so\.(\d+)", name))}
+        if majors and wanted not in majors:
+            yield Finding(
+                Level.WARNING,
+                f"LD_LIBRARY_PATH has the runtime of CUDA {', '.join(sorted(majors))} in {folder}; torch is built for "
+                f"CUDA {torch.version.cuda} and brings its own",
+                f"take {folder} out of LD_LIBRARY_PATH",
             )

@@ -61,6 +61,26 @@ def owners(distributions: Iterable[metadata.Distribution] | None = None) -> list
     return sorted(found.values(), key=lambda owner: owner.name)
 
 
+@dataclass(frozen=True)
+class Copy:
+    """One installation of ``bnb-core`` on the path."""
+
+    version: str
+    folder: Path
+    #: Where its modules lie; ``None`` where the metadata does not say, as for an editable installation.
+    package: Path | None
+
+
+def copies_of_core(distributions: Iterable[metadata.Distribution] | None = None) -> list[Copy]:
+    """Every installation of ``bnb-core`` on the path, the one in use first."""
+    found: dict[Path, Copy] = {}
+    for distribution in metadata.distributions(name=CORE) if distributions is None else distributions:
+        folder = Path(str(distribution.locate_file(""))).resolve()
+        listed = any(file.parts[:2] == (PACKAGE, "__init__.py") for file in distribution.files or ())
+        found.setdefault(folder, Copy(distribution.version, folder, folder / PACKAGE if listed else None))
+    return list(found.values())
+
+
 def intruders() -> list[Owner]:
     """Distributions other than ``bnb-core`` that claim files of the package."""
     return [owner for owner in owners() if owner.name.lower().replace("_", "-") != CORE]

@@ -41,6 +41,7 @@ def describe_plugin(plugin: Plugin, registry: Registry = REGISTRY) -> dict[str, 
         "op_api": list(plugin.backend.op_api) if plugin.backend else None,
         "core_op_api": OP_API_VERSION,
         "priority": plugin.backend.priority if plugin.backend else None,
+        "import_seconds": round(plugin.import_seconds, 3),
         "ops": ops,
         "unknown_ops": list(plugin.unknown_ops),
     }

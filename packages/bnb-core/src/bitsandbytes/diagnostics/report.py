@@ -79,6 +79,7 @@ def _examine(report: Report, selftest: bool) -> None:
         _run_selftests(report, [device.type for device in devices])
     report.findings += [
         *findings.installation_findings(),
+        *findings.place_findings(),
         *findings.torch_findings(devices),
         *findings.plugin_findings(devices),
         *findings.environment_findings(),

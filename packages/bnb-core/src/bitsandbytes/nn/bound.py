@@ -31,10 +31,8 @@ def is_intercepted() -> bool:
     )
 
 
-def pointer(tensor: torch.Tensor | None) -> int:
+def pointer(tensor: torch.Tensor) -> int:
     """Address of a tensor's data, whatever class it has."""
-    if tensor is None:
-        return 0
     with _without_subclass():
         return tensor.data_ptr()
 
@@ -77,13 +75,26 @@ class BoundLinear:
             or x.shape[-1] != self.width
             or self.weight() is not weight
             or self.generation != REGISTRY.generation
-            or self.pointers != (pointer(weight), pointer(bias), *[tensor.data_ptr() for tensor in statistics])
+            or self.pointers != self.addresses(weight, bias, statistics)
             or (bias is not None and bias.dtype is not self.bias)
         ):
             return False
         if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
             return False
         return not is_intercepted()
+
+    @staticmethod
+    def addresses(
+        weight: torch.Tensor, bias: torch.Tensor | None, statistics: tuple[torch.Tensor, ...]
+    ) -> tuple[int, int, int, int]:
+        """Where the operands lie; there are one or two tensors of statistics."""
+        last = statistics[-1]
+        return (
+            pointer(weight),
+            0 if bias is None else bias.data_ptr(),
+            statistics[0].data_ptr(),
+            0 if last is statistics[0] else last.data_ptr(),
+        )
 
     def bind(
         self,
@@ -107,7 +118,7 @@ class BoundLinear:
         self.dtype, self.device, self.width = x.dtype, x.device, x.shape[-1]
         self.weight = weakref.ref(weight)
         self.bias = None if bias is None else bias.dtype
-        self.pointers = (pointer(weight), pointer(bias), *[tensor.data_ptr() for tensor in statistics])
+        self.pointers = self.addresses(weight, bias, statistics)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> BoundLinear:
         return BoundLinear()

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from bitsandbytes.autograd.int8 import matmul
+from bitsandbytes.autograd.int8 import FLOAT_TRAINING_DEVICES, matmul
 from bitsandbytes.autograd.lt_state import MatmulLtState
 from bitsandbytes.nn.bound import bound_of, is_intercepted
 from bitsandbytes.nn.int8_params import Int8Params
@@ -79,7 +79,8 @@ class Linear8bitLt(Storage8bit, torch.nn.Linear):
         """The product with an int8 weight, by the short way where there is one."""
         state, bound = self.state, bound_of(self)
         SCB, threshold = state.SCB, state.threshold
-        if SCB is None or state.outlier_pool is not None:
+        in_float = state.is_training and x.device.type in FLOAT_TRAINING_DEVICES
+        if SCB is None or state.outlier_pool is not None or in_float:
             return matmul(x, weight, bias=bias, state=state)
         if bound.threshold == threshold and bound.takes(x, weight, bias, SCB):
             return bound.run(x)

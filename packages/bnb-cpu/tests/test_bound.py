@@ -1,4 +1,8 @@
-"""Layers that call a bound kernel: the short way is taken, gives the same, and is left in time."""
+"""Layers that call a bound kernel: the short way is taken, gives the same, and is left in time.
+
+These are tests of the core. They stand here because a backend, once it has claimed a device in a process,
+stays, and the tests of the core run without one.
+"""
 
 from __future__ import annotations
 
@@ -58,6 +62,7 @@ def counter():
         op_api=(1, 1),
         probe=lambda: Availability(True),
         load=lambda: kernels,
+        priority=1,
     )
     plugin = Plugin("counting", backend=backend)
     REGISTRY.add(plugin)

@@ -1,0 +1,66 @@
+"""The choice of kernels by size, which needs no GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from bnb_cuda.tuning import MOST_SPLIT, Path, fits_matrix_units, plan_gemm_4bit, split_of
+
+HOPPER, AMPERE, TURING = 90, 80, 75
+PROCESSORS = 132
+
+
+def plan(rows: int, n: int = 4096, k: int = 4096, blocksize: int = 64, dtype=torch.bfloat16, capability=HOPPER):
+    return plan_gemm_4bit(rows, n, k, blocksize, dtype, capability, PROCESSORS)
+
+
+@pytest.mark.parametrize(("capability", "path"), [(HOPPER, Path.STREAM), (AMPERE, Path.FEW), (120, Path.STREAM)])
+@pytest.mark.parametrize("rows", [1, 2, 16])
+def test_few_rows(rows, capability, path):
+    assert plan(rows, capability=capability).path is path
+
+
+def test_more_rows_never_dequantize_early():
+    assert plan(32).path in (Path.GROUPS, Path.TILES)
+    assert plan(64).path in (Path.GROUPS, Path.TILES)
+    assert plan(64, capability=AMPERE).path is Path.TILES
+    assert plan(8192).path is Path.DEQUANTIZE
+
+
+def test_groups_need_their_architecture_and_blocks():
+    for rows in range(1, 600):
+        assert plan(rows, capability=AMPERE).path is not Path.GROUPS
+        assert plan(rows, blocksize=32).path is not Path.GROUPS
+        assert plan(rows, capability=120).path is not Path.GROUPS
+
+
+@pytest.mark.parametrize(
+    ("n", "k", "blocksize", "dtype", "capability"),
+    [
+        (64, 64, 64, torch.float32, HOPPER),
+        (64, 64, 64, torch.bfloat16, TURING),
+        (64, 63, 64, torch.bfloat16, HOPPER),
+        (64, 96, 64, torch.bfloat16, HOPPER),
+        (64, 48, 32, torch.bfloat16, HOPPER),
+        (0, 64, 64, torch.bfloat16, HOPPER),
+        (64, 0, 64, torch.bfloat16, HOPPER),
+        (64, 192, 96, torch.bfloat16, HOPPER),
+    ],
+)
+def test_what_matrix_units_cannot_take(n, k, blocksize, dtype, capability):
+    assert not fits_matrix_units(n, k, blocksize, dtype, capability)
+    assert plan(1, n, k, blocksize, dtype, capability).path is Path.SCALAR
+    assert plan(64, n, k, blocksize, dtype, capability).path is Path.DEQUANTIZE
+
+
+def test_split_fills_the_device_and_keeps_work_for_each():
+    assert split_of(64, 14336, 4096, HOPPER, PROCESSORS) == 1
+    assert split_of(64, 4096, 4096, HOPPER, PROCESSORS) > 1
+    assert split_of(64, 4096, 4096, AMPERE, PROCESSORS) == 1
+    for n in (64, 128, 1024, 4096, 28672):
+        for k in (64, 512, 4096, 14336):
+            split = split_of(32, n, k, HOPPER, PROCESSORS)
+            assert 1 <= split <= MOST_SPLIT
+            assert split & (split - 1) == 0
+            assert split == 1 or k // 128 // split >= 1
