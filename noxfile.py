@@ -279,6 +279,7 @@ def pytest_counts(report: Path) -> str:
 
 def unit_core(environment: Environment) -> str:
     """Tests of the core, on the reference implementations."""
+    environment.install_groups("plugins")
     return run_pytest(environment, "unit-core", *tests_of("bnb-core", conform=False), env=REFERENCE_ONLY)
 
 
@@ -301,6 +302,7 @@ def conform_backends(environment: Environment) -> str:
 
 def across_packages(environment: Environment) -> str:
     """Tests of the repository as a whole that need no language model."""
+    environment.install_groups("plugins")
     return run_pytest(environment, "repository", *sorted((ROOT / "tests").glob("test_*.py")))
 
 

@@ -1,17 +1,19 @@
 """Optimizer steps on the CPU, next to torch and to another release of bitsandbytes.
 
-    python benchmarks/cpu_optim.py [--peer PYTHON] [--rounds N] [--json FILE]
+    python benchmarks/cpu_optim.py [--peer PYTHON] [--rounds N] [--busy] [--json FILE]
 
 Each library runs in a process of its own, in turns, so that a change of the machine's mood hits all of
 them; the figure is the median of all steps of all turns. ``--peer`` names the interpreter of an environment
 with the other release. "Floor" is the time that the measured copy bandwidth needs for the bytes that a step
-has to read and to write.
+has to read and to write. ``--busy``, for a machine that has other work, takes the processor time of all
+threads by their number instead of the time on the clock; threads then sleep instead of spinning.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -38,6 +40,7 @@ class Case(NamedTuple):
 
     @property
     def id(self) -> str:
+        """Name in the table."""
         return f"{self.name} {self.count} x {self.size} {str(self.dtype).removeprefix('torch.')}"
 
     @property
@@ -87,20 +90,21 @@ def tensors_of(case: Case) -> list[torch.Tensor]:
     return params
 
 
-def timed(step: Callable[[], Any], seconds: float) -> list[float]:
-    """Milliseconds of each call, after two that do not count."""
+def timed(step: Callable[[], Any], seconds: float) -> list[tuple[float, float]]:
+    """Milliseconds of each call, on the clock and of the processor, after two that do not count."""
     step()
     step()
-    times: list[float] = []
+    times: list[tuple[float, float]] = []
     stop = time.perf_counter() + seconds
     while len(times) < 5 or (time.perf_counter() < stop and len(times) < 200):
-        start = time.perf_counter()
+        start, start_cpu = time.perf_counter(), time.process_time()
         step()
-        times.append(1e3 * (time.perf_counter() - start))
+        clock, cpu = time.perf_counter() - start, time.process_time() - start_cpu
+        times.append((1e3 * clock, 1e3 * cpu / torch.get_num_threads()))
     return times
 
 
-def measurements(library: str, seconds: float) -> Iterator[tuple[str, list[float]]]:
+def measurements(library: str, seconds: float) -> Iterator[tuple[str, list[tuple[float, float]]]]:
     """Times by name of the case."""
     if library == "torch":
         source, target = torch.zeros(16 * MILLION), torch.zeros(16 * MILLION)
@@ -123,29 +127,36 @@ def work(library: str, seconds: float) -> None:
     print(json.dumps(dict(measurements(library, seconds))))
 
 
-def collect(peer: str | None, rounds: int, seconds: float) -> dict[str, dict[str, list[float]]]:
+Times = dict[str, dict[str, list[tuple[float, float]]]]
+
+
+def collect(peer: str | None, rounds: int, seconds: float, busy: bool) -> Times:
     """Times by library and case."""
     interpreters = {"torch": sys.executable, "bitsandbytes": sys.executable, "peer": peer}
-    found: dict[str, dict[str, list[float]]] = {}
+    found: Times = {}
+    environment = os.environ | ({"OMP_WAIT_POLICY": "PASSIVE"} if busy else {})
     for _round in range(rounds):
         for library, interpreter in interpreters.items():
             if interpreter is None:
                 continue
             command = [interpreter, str(Path(__file__).resolve()), "--work", library, "--seconds", str(seconds)]
-            output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+            output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout
             for case, times in json.loads(output.splitlines()[-1]).items():
                 found.setdefault(library, {}).setdefault(case, []).extend(times)
     return found
 
 
-def report(found: dict[str, dict[str, list[float]]]) -> str:
+def report(found: Times, busy: bool) -> str:
     """A Markdown table."""
-    median = {library: {case: statistics.median(times) for case, times in cases.items()} for library, cases in found.items()}
+    median = {
+        library: {case: statistics.median(pair[busy] for pair in pairs) for case, pairs in cases.items()}
+        for library, cases in found.items()
+    }
     copy = median["torch"].pop("copy")
     bandwidth = 2 * 4 * 16 * MILLION / copy
     lines = [
         f"Copy of 64 MiB: {copy:.2f} ms, {bandwidth / 1e6:.1f} GB/s. torch {torch.__version__}, "
-        f"{torch.get_num_threads()} threads.",
+        f"{torch.get_num_threads()} threads{', processor time' if busy else ''}.",
         "",
         "| case | floor ms | ms | x floor | peer ms | peer / ours |",
         "| --- | --- | --- | --- | --- | --- |",
@@ -167,16 +178,17 @@ def main() -> None:
     parser.add_argument("--peer", help="interpreter of an environment with another release of bitsandbytes")
     parser.add_argument("--rounds", type=int, default=3, help="turns of each library (default: 3)")
     parser.add_argument("--seconds", type=float, default=1.0, help="time for each case of a turn (default: 1)")
+    parser.add_argument("--busy", action="store_true", help="take processor time, for a machine with other work")
     parser.add_argument("--json", type=Path, help="file for all times")
     parser.add_argument("--work", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.work:
         work(options.work, options.seconds)
         return
-    found = collect(options.peer, options.rounds, options.seconds)
+    found = collect(options.peer, options.rounds, options.seconds, options.busy)
     if options.json:
         options.json.write_text(json.dumps(found))
-    print(report(found))
+    print(report(found, options.busy))
 
 
 if __name__ == "__main__":

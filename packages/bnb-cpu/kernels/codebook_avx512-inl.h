@@ -96,9 +96,8 @@ class Codebook {
       const Words index = transposed(_mm512_loadu_si512(codes + i));
       const __mmask64 upper = _mm512_movepi8_mask(index);
       for (int plane = 0; plane < kPlanes; ++plane) {
-        part[plane] =
-            _mm512_mask_blend_epi8(upper, _mm512_permutex2var_epi8(table[plane][0], index, table[plane][1]),
-                                   _mm512_permutex2var_epi8(table[plane][2], index, table[plane][3]));
+        part[plane] = _mm512_mask_blend_epi8(upper, _mm512_permutex2var_epi8(table[plane][0], index, table[plane][1]),
+                                             _mm512_permutex2var_epi8(table[plane][2], index, table[plane][3]));
       }
       const Words low0 = _mm512_unpacklo_epi8(part[0], part[1]), low1 = _mm512_unpackhi_epi8(part[0], part[1]);
       const Words high0 = _mm512_unpacklo_epi8(part[2], part[3]), high1 = _mm512_unpackhi_epi8(part[2], part[3]);

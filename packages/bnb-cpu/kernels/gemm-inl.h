@@ -172,9 +172,9 @@ void multiply_blocked(int threads, int64_t lane_rows, int64_t rows, int64_t step
   const int64_t parts = parts_of(threads, most_blocks * row_blocks, lane_rows * rows * steps);
   const int64_t c_stride = min_of(kBlockLanes, round_up(slab_lanes, kTileLanes));
 
-  Scratch scratch(Scratch::bytes_for<Word>(slab_lanes * steps) +
-                  parts * (Scratch::bytes_for<Word>(block_rows * kPanelStride) +
-                           Scratch::bytes_for<Word>(block_rows * c_stride)));
+  Scratch scratch(
+      Scratch::bytes_for<Word>(slab_lanes * steps) +
+      parts * (Scratch::bytes_for<Word>(block_rows * kPanelStride) + Scratch::bytes_for<Word>(block_rows * c_stride)));
   Word* const packed = scratch.take<Word>(slab_lanes * steps);
   Word* const panels = scratch.take<Word>(parts * block_rows * kPanelStride);
   Word* const sums = scratch.take<Word>(parts * block_rows * c_stride);
@@ -195,34 +195,34 @@ void multiply_blocked(int threads, int64_t lane_rows, int64_t rows, int64_t step
     });
 
     const int64_t blocks = ceil_divide(lanes, block);
-    parallel_parts(min_of(parts, blocks * row_blocks), blocks * row_blocks, [&](int64_t part, int64_t begin,
-                                                                               int64_t end) {
-      Word* const panel = panels + part * block_rows * kPanelStride;
-      Word* const c = sums + part * block_rows * c_stride;
-      for (int64_t unit = begin; unit < end; ++unit) {
-        const int64_t row = unit / blocks * block_rows, row_count = min_of(block_rows, rows - row);
-        const int64_t first = unit % blocks * block, last = min_of(lanes, first + block);
-        if (steps == 0) {
-          memset(c, 0, static_cast<size_t>(block_rows * c_stride) * sizeof(Word));
-        }
-        for (int64_t step = 0; step < steps; step += kPanelSteps) {
-          const int64_t step_count = min_of(kPanelSteps, steps - step);
-          fill(row, row_count, step, step_count, panel);
-          for (int64_t r = row_count; r < round_up(row_count, kTileRows); ++r) {
-            memset(panel + r * kPanelStride, 0, static_cast<size_t>(step_count) * sizeof(Word));
-          }
-          for (int64_t lane = first; lane < last; lane += layout.tile) {
-            const int64_t width = layout.width_at(lane);
-            for (int64_t r = 0; r < row_count; r += kTileRows) {
-              multiply_tile_of<Product>(width, panel + r * kPanelStride, kPanelStride,
-                                        packed + lane * steps + step * width, width, step_count,
-                                        c + r * c_stride + (lane - first), c_stride, step > 0);
-            }
-          }
-        }
-        finish(slab + first, min_of(last, count) - first, row, row_count, c, c_stride);
-      }
-    });
+    parallel_parts(min_of(parts, blocks * row_blocks), blocks * row_blocks,
+                   [&](int64_t part, int64_t begin, int64_t end) {
+                     Word* const panel = panels + part * block_rows * kPanelStride;
+                     Word* const c = sums + part * block_rows * c_stride;
+                     for (int64_t unit = begin; unit < end; ++unit) {
+                       const int64_t row = unit / blocks * block_rows, row_count = min_of(block_rows, rows - row);
+                       const int64_t first = unit % blocks * block, last = min_of(lanes, first + block);
+                       if (steps == 0) {
+                         memset(c, 0, static_cast<size_t>(block_rows * c_stride) * sizeof(Word));
+                       }
+                       for (int64_t step = 0; step < steps; step += kPanelSteps) {
+                         const int64_t step_count = min_of(kPanelSteps, steps - step);
+                         fill(row, row_count, step, step_count, panel);
+                         for (int64_t r = row_count; r < round_up(row_count, kTileRows); ++r) {
+                           memset(panel + r * kPanelStride, 0, static_cast<size_t>(step_count) * sizeof(Word));
+                         }
+                         for (int64_t lane = first; lane < last; lane += layout.tile) {
+                           const int64_t width = layout.width_at(lane);
+                           for (int64_t r = 0; r < row_count; r += kTileRows) {
+                             multiply_tile_of<Product>(width, panel + r * kPanelStride, kPanelStride,
+                                                       packed + lane * steps + step * width, width, step_count,
+                                                       c + r * c_stride + (lane - first), c_stride, step > 0);
+                           }
+                         }
+                       }
+                       finish(slab + first, min_of(last, count) - first, row, row_count, c, c_stride);
+                     }
+                   });
   }
 }
 

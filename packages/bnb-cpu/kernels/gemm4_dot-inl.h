@@ -214,7 +214,9 @@ struct ScaledBFloat16Dot {
     BFloat16Dot::arrange<kActs>(from, width, m, out);
   }
 
-  static bool takes(const Weight4& weight) { return weight.blocksize >= kGroup / 2 && weight.width % (kGroup / 2) == 0; }
+  static bool takes(const Weight4& weight) {
+    return weight.blocksize >= kGroup / 2 && weight.width % (kGroup / 2) == 0;
+  }
 
   explicit ScaledBFloat16Dot(const float* values) : table(values) {}
 

@@ -52,9 +52,10 @@ void optimizer_step_32bit(int rule, int64_t tensors, const int64_t* table, int d
   with_formula(rule, [&](auto tag) {
     with_dtype(dtype, [&](auto type) { move = move_32bit<decltype(tag)::rule, typename decltype(type)::type>; });
   });
-  run_step({rule,  tensors, table, dtype, nullptr,      nullptr,     steps,     schedule,    seeds,        lr,         beta1,
-            beta2, beta3,   alpha, eps,   weight_decay, gnorm_scale, max_unorm, param_norms, update_norms, skip_zeros, threads},
-           move);
+  const OptimizerCall call{rule,        tensors,   table,       dtype,        nullptr,    nullptr, steps, schedule,
+                           seeds,       lr,        beta1,       beta2,        beta3,      alpha,   eps,   weight_decay,
+                           gnorm_scale, max_unorm, param_norms, update_norms, skip_zeros, threads};
+  run_step(call, move);
 }
 
 constexpr void fill_optim32(Kernels& kernels) { kernels.optimizer_step_32bit = optimizer_step_32bit; }

@@ -92,9 +92,10 @@ void optimizer_step_8bit(int rule, int64_t tensors, const int64_t* table, int dt
   with_formula(rule, [&](auto tag) {
     with_dtype(dtype, [&](auto type) { move = move_8bit<decltype(tag)::rule, typename decltype(type)::type>; });
   });
-  run_step({rule,  tensors, table, dtype, first,        second,      steps,     schedule, seeds,   lr,         beta1,
-            beta2, beta3,   alpha, eps,   weight_decay, gnorm_scale, max_unorm, nullptr,  nullptr, skip_zeros, threads},
-           move);
+  const OptimizerCall call{rule,        tensors,   table,   dtype,   first,      second, steps, schedule,
+                           seeds,       lr,        beta1,   beta2,   beta3,      alpha,  eps,   weight_decay,
+                           gnorm_scale, max_unorm, nullptr, nullptr, skip_zeros, threads};
+  run_step(call, move);
 }
 
 constexpr void fill_optim8(Kernels& kernels) { kernels.optimizer_step_8bit = optimizer_step_8bit; }

@@ -113,8 +113,7 @@ struct Kernels {
   void (*optimizer_step_8bit)(int rule, int64_t tensors, const int64_t* table, int dtype, const float* qmap1,
                               const float* qmap2, const int64_t* steps, const double* schedule, const int64_t* seeds,
                               double lr, double beta1, double beta2, double beta3, double alpha, double eps,
-                              double weight_decay, double gnorm_scale, double max_unorm, bool skip_zeros,
-                              int threads);
+                              double weight_decay, double gnorm_scale, double max_unorm, bool skip_zeros, int threads);
 };
 
 // One per instruction set, in isa_<name>.cpp. Constant data: filling a table at run time would already

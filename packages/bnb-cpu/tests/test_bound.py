@@ -14,6 +14,7 @@ import weakref
 
 import pytest
 import torch
+
 from bitsandbytes.backends.description import Availability, Backend, Kernel
 from bitsandbytes.backends.registry import REGISTRY, Plugin
 from bitsandbytes.contract import OPS

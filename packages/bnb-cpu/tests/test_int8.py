@@ -7,17 +7,31 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from bitsandbytes.contract import OPS
-from bitsandbytes.testing.tolerances import same_bits
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
+from bitsandbytes.contract import OPS
+from bitsandbytes.testing.tolerances import same_bits
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 UNIT = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 OPERATIONS = torch.ops.bitsandbytes
 ROWS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 15, 16, 17, 24, 25, 33, 48, 49, 70)
 #: (N, K) around every width of a step: 1, 2, 4, 16, 32 and 64 elements, and of a panel.
-WEIGHTS = ((1, 1), (3, 2), (5, 3), (2, 15), (9, 31), (13, 33), (7, 63), (64, 64), (66, 65), (33, 130), (11, 576), (5, 2100))
+WEIGHTS = (
+    (1, 1),
+    (3, 2),
+    (5, 3),
+    (2, 15),
+    (9, 31),
+    (13, 33),
+    (7, 63),
+    (64, 64),
+    (66, 65),
+    (33, 130),
+    (11, 576),
+    (5, 2100),
+)
 # The fixture only names the instruction set, which stays for all examples.
 properties = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -76,7 +90,9 @@ def test_ties_round_to_even(isa: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("threshold", [0.0, 3.0])
-def test_large_quantization(isa: str, threads: int, threshold: float, dtype: torch.dtype, generator: torch.Generator) -> None:
+def test_large_quantization(
+    isa: str, threads: int, threshold: float, dtype: torch.dtype, generator: torch.Generator
+) -> None:
     x = torch.randn(201, 1029, generator=generator).to(dtype)
     x[17, 3] = float("nan")
     x[40, 1028] = float("inf")
@@ -136,7 +152,9 @@ def test_threads_and_layouts(isa: str, threads: int, rows: int, generator: torch
     assert bool((wide[:, ::2] == 77).all())
 
 
-@pytest.mark.parametrize(("rows", "out_features", "in_features"), [(0, 3, 4), (2, 0, 4), (2, 3, 0), (0, 0, 0), (30, 3, 0)])
+@pytest.mark.parametrize(
+    ("rows", "out_features", "in_features"), [(0, 3, 4), (2, 0, 4), (2, 3, 0), (0, 0, 0), (30, 3, 0)]
+)
 def test_empty_products(isa: str, rows: int, out_features: int, in_features: int) -> None:
     A, B = torch.ones(rows, in_features, dtype=torch.int8), torch.ones(out_features, in_features, dtype=torch.int8)
     result = OPERATIONS.int8_linear_matmul(A, B)
@@ -181,11 +199,9 @@ def assert_close(result: torch.Tensor, truth: torch.Tensor, size: torch.Tensor, 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("out_features", "in_features"), WEIGHTS)
-def test_layers(
-    isa: str, out_features: int, in_features: int, dtype: torch.dtype, generator: torch.Generator
-) -> None:
+def test_layers(isa: str, out_features: int, in_features: int, dtype: torch.dtype, generator: torch.Generator) -> None:
     weight = torch.randn(out_features, in_features, generator=generator)
-    CB, SCB, unused = OPS["int8_vectorwise_quant"].reference(weight)
+    CB, SCB = OPS["int8_vectorwise_quant"].reference(weight)[:2]
     for rows, with_bias in zip(ROWS, itertools.cycle((False, True)), strict=False):
         A = torch.randn(rows, in_features, generator=generator)
         A[rows // 2, in_features // 2] = 30.0
@@ -213,9 +229,13 @@ def test_layers(
 @pytest.mark.parametrize("rows", [1, 6, 40])
 def test_outlier_columns_as_given(isa: str, rows: int, generator: torch.Generator) -> None:
     A = torch.randn(rows, 96, generator=generator)
-    CB, SCB, unused = OPS["int8_vectorwise_quant"].reference(torch.randn(20, 96, generator=generator))
-    CA, SCA, unused = OPS["int8_vectorwise_quant"].reference(A)
-    for columns in (torch.tensor([5, 95, 5]), torch.tensor([-1, 0], dtype=torch.int32), torch.zeros(0, dtype=torch.int64)):
+    CB, SCB = OPS["int8_vectorwise_quant"].reference(torch.randn(20, 96, generator=generator))[:2]
+    CA, SCA = OPS["int8_vectorwise_quant"].reference(A)[:2]
+    for columns in (
+        torch.tensor([5, 95, 5]),
+        torch.tensor([-1, 0], dtype=torch.int32),
+        torch.zeros(0, dtype=torch.int64),
+    ):
         truth, size = scaled_truth(A, CA, CB, SCA, SCB, columns.long(), None)
         product, outliers = OPERATIONS.int8_mixed_scaled_mm(A, CA, CB, SCA, SCB, columns)
         assert_close(product, truth, size, len(columns))
@@ -231,7 +251,7 @@ def test_outlier_columns_as_given(isa: str, rows: int, generator: torch.Generato
 def test_not_finite(
     isa: str, value: float, threshold: float, dtype: torch.dtype, rows: int, generator: torch.Generator
 ) -> None:
-    CB, SCB, unused = OPS["int8_vectorwise_quant"].reference(torch.randn(20, 70, generator=generator))
+    CB, SCB = OPS["int8_vectorwise_quant"].reference(torch.randn(20, 70, generator=generator))[:2]
     CB[:, 69] = torch.where(CB[:, 69] == 0, 1, CB[:, 69])
     A = torch.randn(rows, 70, generator=generator).to(dtype)
     A[rows // 2, 69] = value
@@ -245,7 +265,7 @@ def test_not_finite(
 
 
 def test_threads_do_not_change_a_layer(isa: str, threads: int, generator: torch.Generator) -> None:
-    CB, SCB, unused = OPS["int8_vectorwise_quant"].reference(torch.randn(1030, 577, generator=generator))
+    CB, SCB = OPS["int8_vectorwise_quant"].reference(torch.randn(1030, 577, generator=generator))[:2]
     for rows in (1, 8, 70):
         A = torch.randn(rows, 577, generator=generator) * 3
         result = OPERATIONS.int8_linear(A, CB, SCB, 6.0)
@@ -262,7 +282,7 @@ def test_float16_does_not_overflow_between(isa: str) -> None:
     A[:, 0] = -65000.0
     weight = torch.full((3, 64), 30.0)
     weight[:, 0] = 1.0
-    CB, SCB, unused = OPS["int8_vectorwise_quant"].reference(weight)
+    CB, SCB = OPS["int8_vectorwise_quant"].reference(weight)[:2]
     CA, SCA, columns = OPS["int8_vectorwise_quant"].reference(A, 1000.0)
     truth, size = scaled_truth(A, CA, CB, SCA, SCB, columns, None)
     assert float((CA.double() @ CB.double().t() * 60 * 30 / 127**2).max()) > 65504

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+
 from bitsandbytes.codebooks import code_4bit, create_dynamic_map
 from bitsandbytes.contract import OPS
 from bitsandbytes.ops.fourbit import decode_4bit, expand_absmax
@@ -65,9 +66,7 @@ class Weight:
 
     def exact(self) -> torch.Tensor:
         expanded = expand_absmax(self.absmax, *self.statistics)
-        return decode_4bit(
-            self.packed, code_4bit(self.quant_type, CPU), expanded, self.blocksize, self.shape
-        ).double()
+        return decode_4bit(self.packed, code_4bit(self.quant_type, CPU), expanded, self.blocksize, self.shape).double()
 
     def times(self, A: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         return OPERATIONS.gemm_4bit(
@@ -109,9 +108,7 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
 @pytest.mark.parametrize(("shape", "blocksize"), [((n, k), blocksize) for n, k, blocksize in WEIGHTS])
 def test_products(isa: str, shape: tuple[int, int], blocksize: int, generator: torch.Generator) -> None:
     variants = itertools.cycle(itertools.product(("nf4", "fp4"), (False, True), (False, True)))
-    for (rows, dtype), (quant_type, nested, with_bias) in zip(
-        itertools.product(ROWS, DTYPES), variants, strict=False
-    ):
+    for (rows, dtype), (quant_type, nested, with_bias) in zip(itertools.product(ROWS, DTYPES), variants, strict=False):
         weight = Weight(shape, blocksize, quant_type, nested, generator)
         A = torch.randn(rows, shape[1], generator=generator).to(dtype)
         bias = torch.randn(shape[0], generator=generator) if with_bias else None
@@ -237,9 +234,8 @@ def test_padding_of_a_row_is_never_read(isa: str) -> None:
 def test_short_codebook_of_nested_statistics(isa: str, generator: torch.Generator) -> None:
     # Codes beyond a short codebook read its last entry, as in the reference.
     weight = Weight((8, 512), 32, "nf4", True, generator)
-    codes, code, offset = weight.statistics
+    codes, offset = weight.statistics[0], weight.statistics[2]
     weight.statistics = (codes, torch.tensor([-0.5, 0.25, 1.0]), offset)
     for rows in (1, 20):
         A = torch.randn(rows, 512, generator=generator)
         assert_product(weight.times(A), A, weight.exact().t())
-

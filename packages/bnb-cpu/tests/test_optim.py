@@ -13,6 +13,9 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
 from bitsandbytes.codebooks import create_dynamic_map, create_linear_map
 from bitsandbytes.contract import OPS
 from bitsandbytes.ops import search
@@ -20,8 +23,6 @@ from bitsandbytes.ops.optim_rules import RULES
 from bitsandbytes.ops.optim_storage import state_blocks
 from bitsandbytes.testing.tolerances import same_bits
 from bnb_cpu.native import _C
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SIZES = (700, 0, 1, 256, 15, 257, 4096 + 33)
@@ -124,8 +125,6 @@ def agree(rule: str, problem: Problem, n: Numbers, qmaps: Sequence[torch.Tensor]
     return ours
 
 
-
-
 def check_parameter(new: torch.Tensor, wanted: torch.Tensor, old: torch.Tensor) -> None:
     """Compare parameters whose last operations were rounded otherwise.
 
@@ -162,7 +161,8 @@ NUMBERS = {
 @pytest.mark.parametrize("numbers", NUMBERS)
 def test_reference(isa: str, rule: str, eight: bool, numbers: str, generator: torch.Generator) -> None:
     for dtype in DTYPES:
-        agree(rule, make_problem(rule, eight, dtype, SIZES, generator), NUMBERS[numbers])
+        sizes = SIZES if dtype == torch.float32 else SIZES[:4]
+        agree(rule, make_problem(rule, eight, dtype, sizes, generator), NUMBERS[numbers])
 
 
 @every_rule
@@ -197,7 +197,7 @@ def with_threads() -> Any:
 @every_rule
 @every_width
 def test_threads_change_nothing(
-    isa: str, with_threads: Callable[[int], None], rule: str, eight: bool, generator: torch.Generator
+    with_threads: Callable[[int], None], rule: str, eight: bool, generator: torch.Generator
 ) -> None:
     sizes = (100_003, 5, 0, 70_000, *(300,) * 40, 50_000)
     for n in (Numbers(), Numbers(max_unorm=0.03), Numbers(rounding_seed=5)):
@@ -241,7 +241,12 @@ def test_special_values(isa: str, rule: str, eight: bool, generator: torch.Gener
     """In gradients, in parameters and in states; what is not finite is stored as zero in 8 bit."""
     special = torch.tensor(SPECIAL)
     for place in ("g", "p", "state"):
-        for n in (Numbers(), Numbers(step=1), Numbers(skip_zeros=True, weight_decay=0.0)):
+        # Without alpha, since the bounds know nothing of terms of AdEMAMix that cancel each other.
+        for n in (
+            Numbers(alpha=0.0),
+            Numbers(step=1, alpha=0.0),
+            Numbers(skip_zeros=True, weight_decay=0.0, alpha=0.0),
+        ):
             problem = make_problem(rule, eight, torch.float32, (1000, 300), generator)
             for index in range(2):
                 where = torch.randint(0, 100, (44,), generator=generator)
@@ -274,19 +279,26 @@ def test_blocks_of_tiny_and_huge_values(isa: str, rule: str, generator: torch.Ge
         agree(rule, problem, n)
 
 
-def test_every_scaled_value_gets_its_code(isa: str) -> None:
+def test_every_scaled_value_gets_its_code() -> None:
     """All values that differ after the first operation of the search, x + 1: multiples of 2**-24 in [-1, 1]."""
-    count = 2**22
-    for start in range(-(2**24), 2**24 + 1, count):
-        multiples = torch.arange(start, start + count - count // 256, dtype=torch.int64).clamp(max=2**24)
-        scaled = (multiples.double() / 2**24).float().reshape(-1, 255)
+    chosen, blocks = _C.isa(), 2**14
+    for start in range(-(2**24), 2**24 + 1, 255 * blocks):
+        multiples = torch.arange(start, start + 255 * blocks, dtype=torch.float64).clamp(max=2**24)
         # An element of magnitude 1 in each block makes its scale 1.
-        blocks = torch.nn.functional.pad(scaled, (1, 0), value=1.0).reshape(-1)
-        codes, absmax = torch.zeros(blocks.numel(), dtype=torch.uint8), torch.zeros(state_blocks(blocks.numel()))
-        problem = Problem([blocks], [torch.zeros_like(blocks)], [codes], [], [absmax], [])
-        step("momentum", problem, Numbers(step=1, weight_decay=0.0))
-        assert torch.equal(absmax, torch.ones_like(absmax))
-        assert torch.equal(codes, search.nearest_code_8bit(blocks, QMAPS[0]))
+        scaled = torch.nn.functional.pad((multiples / 2**24).float().reshape(blocks, 255), (1, 0), value=1.0).reshape(
+            -1
+        )
+        wanted = search.nearest_code_8bit(scaled, QMAPS[0])
+        try:
+            for isa in _C.supported_isas():
+                _C.set_isa(isa)
+                codes, absmax = torch.zeros(scaled.numel(), dtype=torch.uint8), torch.zeros(blocks)
+                problem = Problem([scaled], [torch.zeros_like(scaled)], [codes], [], [absmax], [])
+                step("momentum", problem, Numbers(step=1, weight_decay=0.0))
+                assert torch.equal(absmax, torch.ones_like(absmax))
+                assert torch.equal(codes, wanted), isa
+        finally:
+            _C.set_isa(chosen)
 
 
 @st.composite
@@ -324,7 +336,8 @@ def test_any_codebook(
     if not sizes:
         return
     # With a negative second state the root is NaN on both sides, and so is the parameter.
-    agree(rule, problem, Numbers(), (qmap1, qmap2))
+    # Without alpha, as in test_special_values.
+    agree(rule, problem, Numbers(alpha=0.0), (qmap1, qmap2))
 
 
 @every_rule

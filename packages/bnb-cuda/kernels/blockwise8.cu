@@ -165,7 +165,7 @@ __global__ void __launch_bounds__(kThreads)
         values.values[i] = from_float<T>(table[words[u].values[i]] * scales[u]);
       }
       if (first + kPerLane <= count) {
-        *reinterpret_cast<Vector<T, kPerLane>*>(out + first) = values;
+        store_streaming<T, kPerLane>(out + first, values);
       } else {
         for (int i = 0; first + i < count; ++i) {
           out[first + i] = values.values[i];

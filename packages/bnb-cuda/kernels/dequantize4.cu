@@ -30,7 +30,7 @@ __device__ __forceinline__ Vector<T, kPerLane> decode(unsigned word, float table
 template <class T>
 __device__ __forceinline__ void store_values(T* out, int64_t begin, int64_t count, const Vector<T, kPerLane>& values) {
   if (begin + kPerLane <= count) {
-    *reinterpret_cast<Vector<T, kPerLane>*>(out + begin) = values;
+    store_streaming<T, kPerLane>(out + begin, values);
     return;
   }
   for (int i = 0; begin + i < count; ++i) {

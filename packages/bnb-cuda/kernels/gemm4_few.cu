@@ -219,7 +219,8 @@ void gemm_4bit_few(const Launch& launch, const Gemm4& p) {
           if (p.m <= 8) {
             wide ? run<T, kType, kNested, kChunk, 2, 1>(launch, p) : run<T, kType, kNested, kChunk, 1, 1>(launch, p);
           } else {
-            wide ? run<T, kType, kNested, kChunk, 2, 2>(launch, p) : run<T, kType, kNested, kChunk, 1, 2>(launch, p);
+            // Wide tiles would take more shared memory than compute capabilities 8.6, 8.9 and 12.0 have.
+            run<T, kType, kNested, kChunk, 1, 2>(launch, p);
           }
         });
       });

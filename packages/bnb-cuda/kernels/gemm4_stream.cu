@@ -1,5 +1,5 @@
-// Products of a 4-bit weight with up to 16 rows of activations on compute capability 9.0 and later: bound
-// by reading the weight.
+// Products of a 4-bit weight with up to 16 rows of activations on compute capabilities 9.0 to 10.x: bound by
+// reading the weight.
 //
 // One thread block lives on each multiprocessor and takes tiles of 16 or 32 rows of the weight in turn. One
 // warp has bulk copies bring the codes into a ring in shared memory, 2048 columns per stage, across the ends
@@ -180,7 +180,8 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
     for (int j = 0; j < kTokenTiles; ++j) {
       const int token = 8 * j + g;
-      const uint4* from = reinterpret_cast<const uint4*>(a + static_cast<int64_t>(token) * k + column + t * kLaneValues);
+      const uint4* from =
+          reinterpret_cast<const uint4*>(a + static_cast<int64_t>(token) * k + column + t * kLaneValues);
 #pragma unroll
       for (int q = 0; q < kLaneValues / 8; ++q) {
         const uint4 four = token < m && column < k ? __ldg(from + q) : make_uint4(0, 0, 0, 0);

@@ -110,16 +110,14 @@ __device__ __forceinline__ void store_own(T* to, int64_t begin, int64_t count, b
   }
 }
 
-template <class T>
-__device__ __forceinline__ T rounded_parameter(float value, int64_t seed, uint32_t step, int64_t index) {
-  if constexpr (std::is_same_v<T, bfloat16_t>) {
-    if (seed >= 0 && isfinite(value)) {
-      const uint32_t key = bnb::rounding_key(static_cast<uint32_t>(seed), step, static_cast<uint32_t>(index >> 32));
-      const uint32_t bits = bnb::bits_of(value) + bnb::rounding_noise(key, static_cast<uint32_t>(index));
-      return from_float<bfloat16_t>(bnb::float_of(bits & 0xffff0000u));
-    }
+// Rounds up or down at random, in proportion to the distance.
+__device__ __forceinline__ bfloat16_t rounded_at_random(float value, int64_t seed, uint32_t step, int64_t index) {
+  if (!isfinite(value)) {
+    return from_float<bfloat16_t>(value);
   }
-  return from_float<T>(value);
+  const uint32_t key = bnb::rounding_key(static_cast<uint32_t>(seed), step, static_cast<uint32_t>(index >> 32));
+  const uint32_t bits = bnb::bits_of(value) + bnb::rounding_noise(key, static_cast<uint32_t>(index));
+  return from_float<bfloat16_t>(bnb::float_of(bits & 0xffff0000u));
 }
 
 // States of 8 elements in registers, from and to memory. `Storage` says how they are stored.
@@ -241,10 +239,18 @@ __global__ void __launch_bounds__(kOptimizerThreads, Storage::kBlocks && Shape<k
         Vector<T, kOwn> result;
 #pragma unroll
         for (int i = 0; i < kOwn; ++i) {
-          const float g = to_float(gradient.values[i]);
-          result.values[i] = a.skip_zeros && g == 0.0f
-                                 ? parameter.values[i]
-                                 : rounded_parameter<T>(moved[i], row.seed, constants.step, begin + i);
+          const bool skipped = a.skip_zeros && to_float(gradient.values[i]) == 0.0f;
+          result.values[i] = skipped ? parameter.values[i] : from_float<T>(moved[i]);
+        }
+        if constexpr (std::is_same_v<T, bfloat16_t>) {
+          if (row.seed >= 0) {
+#pragma unroll
+            for (int i = 0; i < kOwn; ++i) {
+              if (!(a.skip_zeros && to_float(gradient.values[i]) == 0.0f)) {
+                result.values[i] = rounded_at_random(moved[i], row.seed, constants.step, begin + i);
+              }
+            }
+          }
         }
         store_own(row.p, begin, row.count, row.aligned, result);
         // A block of states that no gradient concerns stays as it is.

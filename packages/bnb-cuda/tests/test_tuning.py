@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bnb_cuda.tuning import MOST_SPLIT, Path, fits_matrix_units, plan_gemm_4bit, split_of
+from bnb_cuda.tuning import MOST_SPLIT, Int8Path, Path, fits_matrix_units, plan_gemm_4bit, plan_int8, split_of
 
 HOPPER, AMPERE, TURING = 90, 80, 75
 PROCESSORS = 132
@@ -15,7 +15,9 @@ def plan(rows: int, n: int = 4096, k: int = 4096, blocksize: int = 64, dtype=tor
     return plan_gemm_4bit(rows, n, k, blocksize, dtype, capability, PROCESSORS)
 
 
-@pytest.mark.parametrize(("capability", "path"), [(HOPPER, Path.STREAM), (AMPERE, Path.FEW), (120, Path.STREAM)])
+@pytest.mark.parametrize(
+    ("capability", "path"), [(HOPPER, Path.STREAM), (AMPERE, Path.FEW), (100, Path.STREAM), (120, Path.FEW)]
+)
 @pytest.mark.parametrize("rows", [1, 2, 16])
 def test_few_rows(rows, capability, path):
     assert plan(rows, capability=capability).path is path
@@ -62,5 +64,13 @@ def test_split_fills_the_device_and_keeps_work_for_each():
         for k in (64, 512, 4096, 14336):
             split = split_of(32, n, k, HOPPER, PROCESSORS)
             assert 1 <= split <= MOST_SPLIT
-            assert split & (split - 1) == 0
+            assert split == 1 or -(-n // 128) * split <= PROCESSORS
             assert split == 1 or k // 128 // split >= 1
+
+
+def test_int8_paths():
+    assert plan_int8(1, 4096, True) is Int8Path.FEW
+    assert plan_int8(17, 4096, True) is Int8Path.LIBRARY
+    assert plan_int8(17, 4099, True) is Int8Path.TILES
+    assert plan_int8(4096, 4099, True) is Int8Path.LIBRARY
+    assert plan_int8(1, 4096, False) is Int8Path.LIBRARY

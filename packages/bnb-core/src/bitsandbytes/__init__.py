@@ -32,6 +32,7 @@ _import_backends()
 __all__ = [
     "MatmulLtState",
     "__version__",
+    "_ops",
     "adam",
     "consts",
     "errors",

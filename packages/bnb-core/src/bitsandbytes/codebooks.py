@@ -38,7 +38,7 @@ NF4 = (
 FP4_MAGNITUDES = (0.0, 0.0625 / 12, 8.0 / 12, 12.0 / 12, 4.0 / 12, 6.0 / 12, 2.0 / 12, 3.0 / 12)
 
 #: FP4 by code, not sorted. Code 8 is a negative zero in sign and magnitude; it decodes to +0.
-FP4 = FP4_MAGNITUDES + (0.0,) + tuple(-value for value in FP4_MAGNITUDES[1:])
+FP4 = (*FP4_MAGNITUDES, 0.0, *(-value for value in FP4_MAGNITUDES[1:]))
 
 #: Signed integers -7..7 scaled to [-1, 1], with a second zero so that code 8 is defined.
 INT4 = tuple(value / 7.0 for value in (7, 6, 5, 4, 3, 2, 1, 0, 0, -1, -2, -3, -4, -5, -6, -7))

@@ -221,9 +221,7 @@ def _fake_from_outputs(outputs: Callable[..., tuple[TensorSpec, ...]] | None) ->
         if outputs is None:
             return None
         device = next(argument for argument in args if isinstance(argument, torch.Tensor)).device
-        results = tuple(
-            torch.empty(spec.shape, dtype=spec.dtype, device=device) for spec in outputs(*args, **kwargs)
-        )
+        results = tuple(torch.empty(spec.shape, dtype=spec.dtype, device=device) for spec in outputs(*args, **kwargs))
         return results if len(results) > 1 else results[0]
 
     return fake
@@ -262,15 +260,11 @@ def check_that(op: str, condition: Any, message: Callable[[], str]) -> None:
         raise ArgumentError(f"bitsandbytes::{op}: {message()}")
 
 
-def check_result_buffer(
-    op: str, name: str, out: torch.Tensor, spec: TensorSpec, device: torch.device
-) -> None:
+def check_result_buffer(op: str, name: str, out: torch.Tensor, spec: TensorSpec, device: torch.device) -> None:
     """Raise unless ``out`` can take a result described by ``spec`` on ``device``."""
     if out.dtype != spec.dtype:
         raise ArgumentTypeError(f"bitsandbytes::{op}: {name} has dtype {out.dtype}, expected {spec.dtype}")
     if tuple(out.shape) != tuple(spec.shape):
-        raise ArgumentError(
-            f"bitsandbytes::{op}: {name} has shape {tuple(out.shape)}, expected {tuple(spec.shape)}"
-        )
+        raise ArgumentError(f"bitsandbytes::{op}: {name} has shape {tuple(out.shape)}, expected {tuple(spec.shape)}")
     if out.device != device:
         raise ArgumentError(f"bitsandbytes::{op}: {name} is on {out.device}, expected {device}")

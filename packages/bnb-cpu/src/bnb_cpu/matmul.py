@@ -33,9 +33,7 @@ def rows_of(A: Tensor) -> int:
 # --- 4 bit ------------------------------------------------------------------------------------------
 
 
-def gemv_4bit(
-    A: Tensor, B: Tensor, shapeB: Sequence[int], absmax: Tensor, code: Tensor, blocksize: int
-) -> Tensor:
+def gemv_4bit(A: Tensor, B: Tensor, shapeB: Sequence[int], absmax: Tensor, code: Tensor, blocksize: int) -> Tensor:
     """Native ``gemv_4bit``."""
     out = empty_result((*A.shape[:-1], shapeB[0]), A.dtype, A.device)
     _gemm_4bit_into(A, B, shapeB, absmax, blocksize, out, table=code)
@@ -182,9 +180,7 @@ def int8_vectorwise_quant(A: Tensor, threshold: float = 0.0) -> tuple[Tensor, Te
     return codes, absmax, None if columns is None else columns[:count].clone()
 
 
-def int8_double_quant(
-    A: Tensor, threshold: float = 0.0
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+def int8_double_quant(A: Tensor, threshold: float = 0.0) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """Native ``int8_double_quant``."""
     A = A.contiguous()
     row_codes, row_absmax, outlier_columns = int8_vectorwise_quant(A, threshold)
@@ -233,9 +229,7 @@ def int8_linear_matmul_out(A: Tensor, B: Tensor, out: Tensor) -> None:
 
 def _int8_matmul_into(A: Tensor, B: Tensor, out: Tensor) -> None:
     A, B = A.contiguous(), B.contiguous()
-    _C.int8_matmul(
-        A.data_ptr(), B.data_ptr(), rows_of(A), B.shape[0], B.shape[1], out.data_ptr(), get_num_threads()
-    )
+    _C.int8_matmul(A.data_ptr(), B.data_ptr(), rows_of(A), B.shape[0], B.shape[1], out.data_ptr(), get_num_threads())
 
 
 def int8_mm_dequant(
@@ -329,9 +323,7 @@ def _scaled_product(
     return out
 
 
-def int8_linear(
-    A: Tensor, CB: Tensor, SCB: Tensor, threshold: float = 0.0, bias: Tensor | None = None
-) -> Tensor:
+def int8_linear(A: Tensor, CB: Tensor, SCB: Tensor, threshold: float = 0.0, bias: Tensor | None = None) -> Tensor:
     """Native ``int8_linear``."""
     A, CB, SCB, bias = A.contiguous(), CB.contiguous(), SCB.contiguous(), contiguous_or_none(bias)
     out = empty_result((*A.shape[:-1], CB.shape[0]), A.dtype, A.device)

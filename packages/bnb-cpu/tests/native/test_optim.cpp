@@ -3,7 +3,6 @@
 #include <bnb/rules.h>
 
 #include <algorithm>
-#include <functional>
 #include <memory>
 
 #include "quant_model.h"
@@ -21,7 +20,8 @@ struct Problem {
   std::vector<int64_t> counts;
   std::vector<std::vector<std::unique_ptr<Guarded>>> columns;
 
-  Problem(Random& random, int rule, bool eight) : rule(rule), dtype(static_cast<int>(between(random, 0, 2))), eight(eight) {
+  Problem(Random& random, int rule, bool eight)
+      : rule(rule), dtype(static_cast<int>(between(random, 0, 2))), eight(eight) {
     const auto place = between(random, 0, 1) == 0 ? Guarded::kAtEnd : Guarded::kAtStart;
     const int first = bnb::first_values(static_cast<bnb::Rule>(rule));
     const int second = bnb::second_values(static_cast<bnb::Rule>(rule));

@@ -9,15 +9,15 @@ from torch import Tensor, empty
 
 from bitsandbytes.backends.description import Kernel
 from bnb_cuda import _C
-from bnb_cuda.arguments import DTYPES, address, dtype_number, is_plain, plain, plain_or_none, rows_of, stream_of
-from bnb_cuda.tuning import MOST_ROWS_INT8_FEW, MOST_ROWS_INT8_TILES
+from bnb_cuda.arguments import DTYPES, address, dtype_number, plain, plain_or_none, rows_of, stream_of
+from bnb_cuda.tuning import LIBRARY_MULTIPLE, Int8Path, plan_int8
 
 
 class Outliers(NamedTuple):
     """Outlier columns on the device: their list, which has room for all columns, and their number."""
 
     columns: Tensor
-    count: Tensor
+    number: Tensor
 
 
 def quantize_rows(A: Tensor, threshold: float) -> tuple[Tensor, Tensor, Outliers | None]:
@@ -52,12 +52,12 @@ def _outlier_buffers(width: int, threshold: float, device: torch.device) -> tupl
 
 
 def _outlier_addresses(flags: Tensor | None, outliers: Outliers | None) -> tuple[int, int, int]:
-    return (0, 0, 0) if outliers is None else (address(flags), *map(Tensor.data_ptr, outliers))
+    return (0, 0, 0) if outliers is None else (address(flags), address(outliers.columns), address(outliers.number))
 
 
 def _listed(outliers: Outliers | None) -> Tensor | None:
     """The outlier columns as the op returns them; their number makes the host wait."""
-    return None if outliers is None else outliers.columns[: int(outliers.count)].long()
+    return None if outliers is None else outliers.columns[: int(outliers.number)].long()
 
 
 def int8_vectorwise_quant(A: Tensor, threshold: float = 0.0) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -119,9 +119,8 @@ def int8_linear_matmul_out(A: Tensor, B: Tensor, out: Tensor) -> None:
     out.copy_(int8_linear_matmul(A, B))
 
 
-#: The library's integer product wants more rows than this, and sizes in multiples of eight.
+#: The library's integer product wants more rows than this.
 _LIBRARY_ROWS = 16
-_LIBRARY_MULTIPLE = 8
 
 
 def integer_product(A: Tensor, B: Tensor) -> Tensor:
@@ -131,7 +130,7 @@ def integer_product(A: Tensor, B: Tensor) -> Tensor:
     if m == 0 or n == 0 or k == 0:
         return torch.zeros(m, n, dtype=torch.int32, device=A.device)
     more_rows = max(0, _LIBRARY_ROWS + 1 - m)
-    more_k, more_n = -k % _LIBRARY_MULTIPLE, -n % _LIBRARY_MULTIPLE
+    more_k, more_n = -k % LIBRARY_MULTIPLE, -n % LIBRARY_MULTIPLE
     if more_rows or more_k:
         A = torch.nn.functional.pad(A, (0, more_k, 0, more_rows))
     if more_n or more_k:
@@ -185,9 +184,7 @@ def int8_mixed_scaled_mm(
     return scaled_product(CA, CB, SCA, SCB, A, Outliers(columns, count), bias, A.dtype), outliers
 
 
-def int8_linear(
-    A: Tensor, CB: Tensor, SCB: Tensor, threshold: float = 0.0, bias: Tensor | None = None
-) -> Tensor:
+def int8_linear(A: Tensor, CB: Tensor, SCB: Tensor, threshold: float = 0.0, bias: Tensor | None = None) -> Tensor:
     """Native ``int8_linear``: nothing waits for the device, whatever outliers there are."""
     A = plain(A)
     codes, absmax, outliers = quantize_rows(A, threshold)
@@ -209,14 +206,11 @@ def scaled_product(
     m, n, k = rows_of(A), B.shape[0], B.shape[1]
     device = B.device
     out = empty((*A.shape[:-1], n), dtype=dtype, device=device)
-    product = None
     if not m or not n:
         return out
-    if m <= MOST_ROWS_INT8_TILES and _C.int8_gemm_fits(n, k, _C.capability(device.index)):
-        path = 1 if m <= MOST_ROWS_INT8_FEW else 2
-    else:
-        path, product = 0, integer_product(A, B)
-    _multiply(path, out, product, A, B, m, n, k, row_stats, col_stats, values, outliers, bias)
+    path = plan_int8(m, n, _C.int8_gemm_fits(n, k, _C.capability(device.index)))
+    product = integer_product(A, B) if path is Int8Path.LIBRARY else None
+    _multiply(path.value, out, product, A, B, m, n, k, row_stats, col_stats, values, outliers, bias)
     return out
 
 
@@ -249,7 +243,8 @@ def _multiply(
         row_stats.data_ptr(),
         col_stats.data_ptr(),
         address(values),
-        *((0, 0) if outliers is None else map(Tensor.data_ptr, outliers)),
+        0 if outliers is None else outliers.columns.data_ptr(),
+        0 if outliers is None else outliers.number.data_ptr(),
         address(bias),
         dtype_number(bias),
         out.data_ptr(),

@@ -117,9 +117,7 @@ def dequantized(
     return weight
 
 
-def gemv_4bit(
-    A: Tensor, B: Tensor, shapeB: Sequence[int], absmax: Tensor, code: Tensor, blocksize: int
-) -> Tensor:
+def gemv_4bit(A: Tensor, B: Tensor, shapeB: Sequence[int], absmax: Tensor, code: Tensor, blocksize: int) -> Tensor:
     """Native ``gemv_4bit``."""
     out = empty((*A.shape[:-1], shapeB[0]), dtype=A.dtype, device=A.device)
     _gemv_4bit_into(A, B, shapeB, absmax, code, blocksize, out)

@@ -79,9 +79,7 @@ def dequantize_4bit_nested(
 ) -> Tensor:
     """Native ``dequantize_4bit_nested``."""
     out = empty(shape, dtype=dtype, device=A.device)
-    dequantize_into(
-        out, A, absmax, blocksize, quant_type, absmax_8bit, absmax_code, absmax_offset, nested_blocksize
-    )
+    dequantize_into(out, A, absmax, blocksize, quant_type, absmax_8bit, absmax_code, absmax_offset, nested_blocksize)
     return out
 
 

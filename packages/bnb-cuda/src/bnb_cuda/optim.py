@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from bitsandbytes.backends.description import Kernel
-from bitsandbytes.ops.optim_rules import RULES
 from torch import Tensor, empty
 
+from bitsandbytes.backends.description import Kernel
+from bitsandbytes.ops.optim_rules import RULES
 from bnb_cuda import _C
 from bnb_cuda.arguments import DTYPES, address, stream_of
 

@@ -21,7 +21,7 @@ class Path(Enum):
     DEQUANTIZE = 3
     #: As tiles, with the matrix units of compute capability 9.0.
     GROUPS = 4
-    #: As few rows, with the bulk copies of compute capability 9.0 and later.
+    #: As few rows, with the bulk copies and the shared memory of compute capabilities 9.0 to 10.x.
     STREAM = 5
 
 
@@ -35,7 +35,7 @@ class Plan(NamedTuple):
 #: Rows of activations up to which each path wins (H100; tiles against dequantizing).
 MOST_ROWS_FEW = 16
 MOST_ROWS_TILES = 192
-MOST_ROWS_GROUPS = 192
+MOST_ROWS_GROUPS = 128
 #: Rows up to which plain arithmetic beats dequantizing, for float32.
 MOST_ROWS_SCALAR = 4
 
@@ -58,6 +58,11 @@ def fits_matrix_units(n: int, k: int, blocksize: int, dtype: torch.dtype, capabi
     )
 
 
+def has_large_shared_memory(capability: int) -> bool:
+    """Whether a thread block may have 227 KB of shared memory and fill it with bulk copies; 12.0 has 99 KB."""
+    return 90 <= capability < 120
+
+
 def plan_gemm_4bit(
     rows: int, n: int, k: int, blocksize: int, dtype: torch.dtype, capability: int, processors: int
 ) -> Plan:
@@ -65,11 +70,11 @@ def plan_gemm_4bit(
     if not fits_matrix_units(n, k, blocksize, dtype, capability):
         return Plan(Path.SCALAR if rows <= MOST_ROWS_SCALAR else Path.DEQUANTIZE)
     if rows <= MOST_ROWS_FEW:
-        return Plan(Path.STREAM if capability >= 90 else Path.FEW)
+        return Plan(Path.STREAM if has_large_shared_memory(capability) else Path.FEW)
     if capability == 90 and blocksize >= 64:
-        if rows <= MOST_ROWS_GROUPS:
-            return Plan(Path.GROUPS, split_of(rows, n, k, capability, processors))
-        return Plan(Path.DEQUANTIZE)
+        if rows > MOST_ROWS_GROUPS:
+            return Plan(Path.DEQUANTIZE)
+        return Plan(Path.GROUPS, split_of(rows, n, k, capability, processors))
     if rows <= MOST_ROWS_TILES:
         return Plan(Path.TILES, split_of(rows, n, k, capability, processors))
     return Plan(Path.DEQUANTIZE)
@@ -81,12 +86,38 @@ def split_of(rows: int, n: int, k: int, capability: int, processors: int) -> int
         return 1
     tiles = -(-n // TILE_ROWS) * -(-rows // 64)
     split = 1
-    # Each share keeps some steps, or the sum over the cluster would cost more than it saves.
-    while split < MOST_SPLIT and tiles * split * 2 <= processors * 1.25 and k // (TILE_STEP * split * 2) >= 4:
-        split *= 2
+    for more in range(2, MOST_SPLIT + 1):
+        # The multiprocessors of a cluster are neighbours: wide clusters do not find room on all of them.
+        room = processors if more == 2 else processors * 0.9
+        # Each share keeps some steps, or the sum over the cluster would cost more than it saves.
+        if tiles * more <= room and k // (TILE_STEP * more) >= 4:
+            split = more
     return split
 
 
-#: Rows up to which the int8 kernels for few rows and for tiles win over the library's integer product.
+#: Rows up to which the int8 kernel for few rows wins over the library's integer product.
 MOST_ROWS_INT8_FEW = 16
+#: The library wants sizes in multiples of this; up to so many rows the tiles serve other sizes, for which a
+#: padded copy of the weight would have to be made at each call.
+LIBRARY_MULTIPLE = 8
 MOST_ROWS_INT8_TILES = 512
+
+
+class Int8Path(Enum):
+    """How a product of int8 matrices is computed. The values are those of the native module."""
+
+    #: The library's integer product, then scales, outliers and bias.
+    LIBRARY = 0
+    #: All in one kernel, for few rows.
+    FEW = 1
+    #: All in one kernel, tiles of the result.
+    TILES = 2
+
+
+def plan_int8(rows: int, n: int, fits: bool) -> Int8Path:
+    """How to multiply ``rows`` rows by an int8 weight of ``n`` rows; ``fits``: whether the kernels take the sizes."""
+    if fits and rows <= MOST_ROWS_INT8_FEW:
+        return Int8Path.FEW
+    if fits and rows <= MOST_ROWS_INT8_TILES and n % LIBRARY_MULTIPLE:
+        return Int8Path.TILES
+    return Int8Path.LIBRARY

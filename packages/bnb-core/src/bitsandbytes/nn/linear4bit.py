@@ -86,9 +86,7 @@ class Linear4bit(Storage4bit, torch.nn.Linear):
             _warn_slow_compute(dtype)
         return linear_4bit(x.to(compute_dtype), weight, state, bias).to(dtype)
 
-    def _multiply(
-        self, x: torch.Tensor, weight: Any, state: QuantState, bias: torch.Tensor | None
-    ) -> torch.Tensor:
+    def _multiply(self, x: torch.Tensor, weight: Any, state: QuantState, bias: torch.Tensor | None) -> torch.Tensor:
         """The product, by the short way where there is one."""
         bound, nested = bound_of(self), state.state2
         statistics = (state.absmax,) if nested is None else (state.absmax, nested.absmax)

@@ -115,7 +115,7 @@ def blockwise_cases() -> Iterator[Case]:
         yield Case("dequantize_blockwise", label, make_codes)
 
 
-def _codes_differ_at_ties(arguments: Arguments, position: int, result: torch.Tensor, wanted: torch.Tensor) -> bool:
+def codes_differ_at_ties(arguments: Arguments, position: int, result: torch.Tensor, wanted: torch.Tensor) -> bool:
     """Whether int8 codes differ by one at most, and only where a value lies between two codes.
 
     GPUs divide by absmax with an error of two units in the last place, as bitsandbytes 0.50.2 does there.
@@ -151,8 +151,8 @@ def int8_quant_cases() -> Iterator[Case]:
         ) -> Arguments:
             return values(kind, shape, dtype, generator), threshold
 
-        yield Case("int8_vectorwise_quant", label, make, alternative=_codes_differ_at_ties)
-        yield Case("int8_double_quant", label, make, alternative=_codes_differ_at_ties)
+        yield Case("int8_vectorwise_quant", label, make, alternative=codes_differ_at_ties)
+        yield Case("int8_double_quant", label, make, alternative=codes_differ_at_ties)
     for shape in ((64, 64), (5, 7), (2, 3, 8), (0, 16)):
         yield Case(
             "int8_vectorwise_dequant",

@@ -20,6 +20,7 @@ from bitsandbytes.ops.common import FLOAT_DTYPES, NESTED_BLOCKSIZE
 from bitsandbytes.state import QuantState
 from bitsandbytes.testing.case import name_of, size_of
 from bitsandbytes.testing.device import DeviceUnderTest
+from bitsandbytes.testing.quant_cases import codes_differ_at_ties
 from bitsandbytes.testing.tolerances import demand, demand_same_bits
 
 SHAPES = ((64, 96), (5, 7), (1, 33))
@@ -74,10 +75,20 @@ def check_round_trip(under_test: DeviceUnderTest, item: RoundTrip) -> None:
     wanted = item.write(_on_reference, values)
     demand(written.keys() == wanted.keys(), f"wrote the entries {sorted(written)}, expected {sorted(wanted)}")
     for name in ("weight",) if item.inexact else wanted:
-        demand_same_bits(written[name], wanted[name], f"entry {name}")
+        if not _is_other_int8_code(under_test, values, written[name], wanted[name]):
+            demand_same_bits(written[name], wanted[name], f"entry {name}")
     entries = load(file)
     restored = item.read(_on_device, {name: under_test.to_device(x) for name, x in entries.items()}, item.dtype)
     demand_same_bits(restored, item.read(_on_reference, entries, item.dtype), "what was read back")
+
+
+def _is_other_int8_code(
+    under_test: DeviceUnderTest, values: torch.Tensor, written: torch.Tensor, wanted: torch.Tensor
+) -> bool:
+    """Whether int8 codes of rows differ where the arithmetic of the device leaves a choice."""
+    if torch.device(under_test.device).type == "cpu" or wanted.dtype != torch.int8:
+        return False
+    return codes_differ_at_ties((values.cpu(), 0.0), 0, written.cpu(), wanted.cpu())
 
 
 def _on_device(op: str, *arguments: Any) -> Any:

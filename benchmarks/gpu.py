@@ -1,0 +1,173 @@
+"""Time whichever ``bitsandbytes`` is importable on an NVIDIA GPU, through its public interface.
+
+Run once per library, with PYTHONPATH choosing it, on the same machine::
+
+    python benchmarks/gpu.py ours --json ours.json
+    PYTHONPATH=/folder/of/other python benchmarks/gpu.py upstream --json upstream.json
+
+Each row has the time on the device in microseconds and its ratio to the floor: bytes that must move over the
+rate of a large copy, or operations over the rate of a large matrix product, both measured first. Buffers rotate,
+so that the cache does not hold what is read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+
+Row = tuple[str, float, float]
+SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336), (28672, 8192))
+CACHE_BYTES = 128e6
+
+
+def by_events(calls: list[Callable[[], object]], repeats: int = 20) -> float:
+    """Median time of a call from events around it."""
+    for call in calls:
+        call()
+    times = []
+    for index in range(repeats):
+        begin, end = torch.cuda.Event(True), torch.cuda.Event(True)
+        begin.record()
+        calls[index % len(calls)]()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(begin.elapsed_time(end) * 1e3)
+    return statistics.median(times)
+
+
+def by_graph(calls: list[Callable[[], object]]) -> float:
+    """Time per call when a graph replays all of them: nothing of the host is in it."""
+    for call in calls:
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    return by_events([graph.replay], 15) / len(calls)
+
+
+def by_profile(call: Callable[[], object], repeats: int = 5) -> float:
+    """Time that kernels run per call, whatever the host does between them."""
+    call()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(repeats):
+            call()
+        torch.cuda.synchronize()
+    return sum(event.self_device_time_total for event in profile.key_averages()) / repeats
+
+
+class Ceilings:
+    """Rates of the card, measured."""
+
+    def __init__(self) -> None:
+        source = torch.randn(2**28, device="cuda")
+        target = torch.empty_like(source)
+        self.bytes_per_us = 2 * source.nbytes / by_events([lambda: target.copy_(source)], 10)
+        square = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+        self.operations_per_us = 2 * 8192**3 / by_events([lambda: square @ square], 10)
+
+    def floor(self, moved: float, operations: float = 0.0) -> float:
+        """The least time for so many bytes and operations."""
+        return max(moved / self.bytes_per_us, operations / self.operations_per_us)
+
+
+def quantization(rates: Ceilings) -> Iterator[Row]:
+    """Whole tensors to codes and back."""
+    import bitsandbytes.functional as F
+
+    count = 8192 * 8192
+    for dtype in (torch.bfloat16, torch.float32):
+        tensors = [torch.randn(8192, 8192, device="cuda").to(dtype) for _ in range(2)]
+        name, plain = str(dtype).removeprefix("torch."), count * tensors[0].element_size()
+        four = plain + count / 2 + count / 16
+        for kind in ("nf4", "fp4"):
+            calls = [lambda t=t, kind=kind: F.quantize_4bit(t, quant_type=kind) for t in tensors]
+            yield f"quantize_4bit {kind} {name}", by_events(calls), rates.floor(four)
+        for nested in (False, True):
+            states = [F.quantize_4bit(t, quant_type="nf4", compress_statistics=nested) for t in tensors]
+            label = f"dequantize_4bit nf4{' nested' if nested else ''} {name}"
+            yield label, by_events([lambda s=s: F.dequantize_4bit(*s) for s in states]), rates.floor(four)
+        eight = plain + count * (1 + 4 / 256)
+        calls = [lambda t=t: F.quantize_blockwise(t, blocksize=256) for t in tensors]
+        yield f"quantize_blockwise {name}", by_events(calls), rates.floor(eight)
+        states = [F.quantize_blockwise(t, blocksize=256) for t in tensors]
+        calls = [lambda s=s: F.dequantize_blockwise(*s) for s in states]
+        yield f"dequantize_blockwise {name}", by_events(calls), rates.floor(eight)
+    halves = [t.half() for t in tensors]
+    calls = [lambda t=t: F.int8_vectorwise_quant(t) for t in halves]
+    yield "int8_vectorwise_quant float16", by_events(calls), rates.floor(count * 3)
+    calls = [lambda t=t: F.int8_double_quant(t) for t in halves]
+    yield "int8_double_quant float16", by_events(calls), rates.floor(count * 4)
+
+
+def products(rates: Ceilings) -> Iterator[Row]:
+    """Products with a 4-bit weight, and torch's with the same weight in bfloat16."""
+    import bitsandbytes as bnb
+    import bitsandbytes.functional as F
+
+    for n, k in SHAPES:
+        weight = torch.randn(n, k, device="cuda", dtype=torch.bfloat16) * 0.02
+        copies = 2 + int(CACHE_BYTES // (n * k / 2))
+        plain = [weight] + [weight.clone() for _ in range(1 + int(CACHE_BYTES // (n * k * 2)))]
+        for nested in (False, True):
+            states = [F.quantize_4bit(weight, quant_type="nf4", compress_statistics=nested) for _ in range(copies)]
+            for m in (1, 8, 64) if nested else (1, 8, 16, 32, 64, 128, 256):
+                x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
+                moved = n * k / 2 + n * k / 64 * (1 if nested else 4) + 2 * m * (n + k)
+                label = f"matmul_4bit nf4{' nested' if nested else ''} M={m} {n}x{k}"
+                calls = [lambda x=x, s=s: bnb.matmul_4bit(x, s[0].t(), quant_state=s[1]) for s in states]
+                yield label, by_graph(calls), rates.floor(moved, 2 * m * n * k)
+                if not nested:
+                    calls = [lambda x=x, w=w: torch.nn.functional.linear(x, w) for w in plain]
+                    floor = rates.floor(2 * (n * k + m * (n + k)), 2 * m * n * k)
+                    yield f"torch linear bfloat16 M={m} {n}x{k}", by_graph(calls), floor
+
+
+def optimizers(rates: Ceilings) -> Iterator[Row]:
+    """A step for one parameter of 64 M elements."""
+    import bitsandbytes as bnb
+
+    for dtype in (torch.bfloat16, torch.float32):
+        p = torch.nn.Parameter(torch.randn(8192, 8192, device="cuda").to(dtype))
+        p.grad = torch.randn_like(p) * 0.01
+        for name, state_bytes in (("AdamW8bit", 2), ("AdamW32bit", 8), ("Lion8bit", 1), ("AdEMAMix8bit", 3)):
+            optimizer = getattr(bnb.optim, name)([p], lr=1e-4)
+            floor = rates.floor(p.numel() * (3 * p.element_size() + 2 * state_bytes))
+            yield f"{name} {str(dtype).removeprefix('torch.')}", by_profile(optimizer.step), floor
+
+
+GROUPS = {"quantization": quantization, "products": products, "optimizers": optimizers}
+
+
+def main() -> None:
+    """Run the groups that the command line names, all without."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("label", help="name of the library in the output")
+    parser.add_argument("groups", nargs="*", metavar="GROUP", help="what to time; everything without")
+    parser.add_argument("--json", type=Path, help="file for the rows")
+    chosen = parser.parse_args()
+    warnings.simplefilter("ignore")
+    torch.manual_seed(0)
+    rates = Ceilings()
+    card = torch.cuda.get_device_name()
+    print(f"{card}: copy {rates.bytes_per_us / 1e6:.2f} TB/s, bf16 {rates.operations_per_us / 1e6:.0f} TFLOP/s")
+    rows = []
+    with torch.no_grad():
+        for name in chosen.groups or GROUPS:
+            for label, time, floor in GROUPS[name](rates):
+                rows.append({"library": chosen.label, "case": label, "us": time, "floor_us": floor})
+                print(f"{label:48s} {time:9.1f} us  floor {floor:7.1f}  x {time / floor:5.2f}", flush=True)
+    if chosen.json:
+        chosen.json.write_text(json.dumps({"card": card, "rows": rows}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
