@@ -214,7 +214,7 @@ def test_threads_change_nothing(
 
 @every_rule
 @every_width
-def test_many_tensors_are_moved_as_each_alone(isa: str, rule: str, eight: bool, generator: torch.Generator) -> None:
+def test_many_tensors_are_moved_as_each_alone(rule: str, eight: bool, generator: torch.Generator) -> None:
     problem = make_problem(rule, eight, torch.float32, (0, 3000, 1, 0, 512, 77, 0), generator)
     together = problem.copy()
     step(rule, together, Numbers(max_unorm=0.05))
@@ -225,7 +225,7 @@ def test_many_tensors_are_moved_as_each_alone(isa: str, rule: str, eight: bool, 
             assert all(map(same_bits, mine, all_of_them[index : index + 1]))
 
 
-def test_no_tensors(isa: str) -> None:
+def test_no_tensors() -> None:
     for eight in (False, True):
         arguments: list[Any] = ["adam", [], [], [], []] + ([*QMAPS, [], []] if eight else [])
         op = OPS["optimizer_step_8bit" if eight else "optimizer_step_32bit"]
@@ -354,9 +354,7 @@ def test_stochastic_rounding(isa: str, rule: str, eight: bool, generator: torch.
 @every_rule
 @every_width
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_schedule_replaces_numbers(
-    isa: str, rule: str, eight: bool, dtype: torch.dtype, generator: torch.Generator
-) -> None:
+def test_schedule_replaces_numbers(rule: str, eight: bool, dtype: torch.dtype, generator: torch.Generator) -> None:
     """Numbers that either dtype holds exactly; and the arguments that are replaced are not read."""
     problem = make_problem(rule, eight, torch.float32, (300, 20), generator)
     plain, scheduled = problem.copy(), problem.copy()
@@ -400,7 +398,7 @@ def test_nothing_beside_the_tensors_changes(
 
 @every_rule
 @every_width
-def test_single_parameter_ops(isa: str, rule: str, eight: bool, generator: torch.Generator) -> None:
+def test_single_parameter_ops(rule: str, eight: bool, generator: torch.Generator) -> None:
     """They give what the ops for many give, also for a gradient that is not contiguous."""
     two = RULES[rule].states == 2
     n = Numbers(max_unorm=0.0 if eight else 0.05)
@@ -425,7 +423,7 @@ def test_single_parameter_ops(isa: str, rule: str, eight: bool, generator: torch
             assert all(map(same_bits, mine, theirs))
 
 
-def test_hundred_steps_of_adamw_follow_float64(isa: str, generator: torch.Generator) -> None:
+def test_hundred_steps_of_adamw_follow_float64(generator: torch.Generator) -> None:
     """Against torch's AdamW in float64, on gradients of a quadratic."""
     start, target = torch.randn(3000, generator=generator), torch.randn(3000, generator=generator)
     truth = torch.nn.Parameter(start.double())
