@@ -93,16 +93,16 @@ void multiply_4bit(const Weight4& weight, const T* a, int64_t count, Bias bias, 
   const int64_t few = count <= kDotRows ? count : left <= min_of(kDotRows, kLanes / 2) ? left : 0;
   const int64_t many = count - few, features = weight.rows;
   if (many > 0) {
-    multiply_many(weight, a, many, threads, [&](int64_t lane, int64_t lane_count, int64_t row, int64_t row_count,
-                                               float* sums, int64_t stride) {
-      for (int64_t r = 0; bias.given() && r < row_count; ++r) {
-        const F32 term = splat(bias[row + r]);
-        for (int64_t l = 0; l < lane_count; l += kLanes) {
-          store(sums + r * stride + l, load(sums + r * stride + l) + term);
-        }
-      }
-      store_transposed(sums, stride, lane_count, row_count, out + lane * features + row, features);
-    });
+    multiply_many(weight, a, many, threads,
+                  [&](int64_t lane, int64_t lane_count, int64_t row, int64_t row_count, float* sums, int64_t stride) {
+                    for (int64_t r = 0; bias.given() && r < row_count; ++r) {
+                      const F32 term = splat(bias[row + r]);
+                      for (int64_t l = 0; l < lane_count; l += kLanes) {
+                        store(sums + r * stride + l, load(sums + r * stride + l) + term);
+                      }
+                    }
+                    store_transposed(sums, stride, lane_count, row_count, out + lane * features + row, features);
+                  });
   }
   if (few > 0) {
     T* const to = out + many * features;
@@ -183,9 +183,9 @@ void multiply_4bit_transposed(const Weight4& weight, const T* a, int64_t count, 
     return;
   }
   const int64_t width = weight.width, steps = ceil_divide(weight.rows, kPerWord), stride = steps + 16;
-  const int64_t slab_rows = min_of(
-      round_up(count, kTileRows),
-      max_of(1, kSlabBytes / (stride * static_cast<int64_t>(sizeof(Word))) / kStreamRows) * kStreamRows);
+  const int64_t slab_rows =
+      min_of(round_up(count, kTileRows),
+             max_of(1, kSlabBytes / (stride * static_cast<int64_t>(sizeof(Word))) / kStreamRows) * kStreamRows);
   const int64_t block_rows = min_of(slab_rows, kStreamRows), lane_blocks = ceil_divide(width, kStreamLanes);
   const int64_t units = ceil_divide(slab_rows, block_rows) * lane_blocks;
   const int64_t parts = parts_of(threads, units, count * weight.rows * width);
@@ -208,32 +208,32 @@ void multiply_4bit_transposed(const Weight4& weight, const T* a, int64_t count, 
       }
     });
     const int64_t row_blocks = ceil_divide(rows, block_rows);
-    parallel_parts(min_of(parts, row_blocks * lane_blocks), row_blocks * lane_blocks, [&](int64_t part, int64_t begin,
-                                                                                         int64_t end) {
-      const Table16 table(weight.values);
-      Word* const panel = panels + part * kStreamSteps * kStreamLanes;
-      Word* const c = sums + part * block_rows * kStreamLanes;
-      for (int64_t unit = begin; unit < end; ++unit) {
-        const int64_t row = unit % row_blocks * block_rows, row_count = min_of(block_rows, rows - row);
-        const int64_t k = unit / row_blocks * kStreamLanes, elements = min_of(kStreamLanes, width - k);
-        const int64_t lanes = round_up(elements, kGroup);
-        if (steps == 0) {
-          memset(c, 0, static_cast<size_t>(block_rows * kStreamLanes) * sizeof(Word));
-        }
-        for (int64_t step = 0; step < steps; step += kStreamSteps) {
-          const int64_t step_count = min_of(kStreamSteps, steps - step);
-          for (int64_t s = 0; s < step_count; ++s) {
-            Operands::decode_lanes(weight, table, step + s, k, elements, panel + s * lanes);
-          }
-          multiply_panel<Product>(scalars + row * stride + step, stride, row_count, panel, lanes, step_count, c,
-                                  step > 0);
-        }
-        for (int64_t r = 0; r < row_count; ++r) {
-          store_ordered(reinterpret_cast<const float*>(c + r * kStreamLanes), weight.grouped_order, elements,
-                        out + (slab + row + r) * width + k);
-        }
-      }
-    });
+    parallel_parts(min_of(parts, row_blocks * lane_blocks), row_blocks * lane_blocks,
+                   [&](int64_t part, int64_t begin, int64_t end) {
+                     const Table16 table(weight.values);
+                     Word* const panel = panels + part * kStreamSteps * kStreamLanes;
+                     Word* const c = sums + part * block_rows * kStreamLanes;
+                     for (int64_t unit = begin; unit < end; ++unit) {
+                       const int64_t row = unit % row_blocks * block_rows, row_count = min_of(block_rows, rows - row);
+                       const int64_t k = unit / row_blocks * kStreamLanes, elements = min_of(kStreamLanes, width - k);
+                       const int64_t lanes = round_up(elements, kGroup);
+                       if (steps == 0) {
+                         memset(c, 0, static_cast<size_t>(block_rows * kStreamLanes) * sizeof(Word));
+                       }
+                       for (int64_t step = 0; step < steps; step += kStreamSteps) {
+                         const int64_t step_count = min_of(kStreamSteps, steps - step);
+                         for (int64_t s = 0; s < step_count; ++s) {
+                           Operands::decode_lanes(weight, table, step + s, k, elements, panel + s * lanes);
+                         }
+                         multiply_panel<Product>(scalars + row * stride + step, stride, row_count, panel, lanes,
+                                                 step_count, c, step > 0);
+                       }
+                       for (int64_t r = 0; r < row_count; ++r) {
+                         store_ordered(reinterpret_cast<const float*>(c + r * kStreamLanes), weight.grouped_order,
+                                       elements, out + (slab + row + r) * width + k);
+                       }
+                     }
+                   });
   }
 }
 
@@ -257,14 +257,13 @@ void gemm_4bit(const void* a, int dtype, int64_t count, const uint8_t* packed, i
                const float* offset, int64_t blocksize, const float* table, int quant_type, const void* bias,
                int bias_dtype, void* out, int threads) {
   const float* values = table == nullptr ? tables_4bit(quant_type).values : table;
-  with_weight4(packed, rows, width, absmax, absmax_8bit, code, code_size, offset, blocksize, values,
-               [&](const Weight4& weight) {
-                 with_dtype(dtype, [&](auto type) {
-                   using T = typename decltype(type)::type;
-                   multiply_4bit(weight, static_cast<const T*>(a), count, Bias{bias, bias_dtype},
-                                 static_cast<T*>(out), threads);
-                 });
-               });
+  with_weight4(
+      packed, rows, width, absmax, absmax_8bit, code, code_size, offset, blocksize, values, [&](const Weight4& weight) {
+        with_dtype(dtype, [&](auto type) {
+          using T = typename decltype(type)::type;
+          multiply_4bit(weight, static_cast<const T*>(a), count, Bias{bias, bias_dtype}, static_cast<T*>(out), threads);
+        });
+      });
 }
 
 void gemm_4bit_transposed(const void* a, int dtype, int64_t count, const uint8_t* packed, int64_t rows, int64_t width,

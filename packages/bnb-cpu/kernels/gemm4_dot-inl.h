@@ -120,8 +120,8 @@ BNB_FN void add_products(F32 (&sums)[kWeights][kActs], const __m512i (&weights)[
     const __m512i act = _mm512_loadu_si512(acts + m * 32);
 #pragma GCC unroll 4
     for (int r = 0; r < kWeights; ++r) {
-      sums[r][m].v = _mm512_dpbf16_ps(sums[r][m].v, reinterpret_cast<__m512bh>(weights[r]),
-                                      reinterpret_cast<__m512bh>(act));
+      sums[r][m].v =
+          _mm512_dpbf16_ps(sums[r][m].v, reinterpret_cast<__m512bh>(weights[r]), reinterpret_cast<__m512bh>(act));
     }
   }
 }
@@ -252,7 +252,6 @@ struct ScaledBFloat16Dot {
   Table16 table;
 };
 #endif
-
 
 // Rows of the weight that go through one stretch of the activations together.
 constexpr int64_t kDotBlock = 16;

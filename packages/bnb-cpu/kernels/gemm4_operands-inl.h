@@ -87,8 +87,7 @@ struct BFloat16Operands {
     return grouped_order ? k / 8 + i / 4 + (i % 4) * kLanes : k / 2 + i;
   }
   static F32 arranged(F32 words) {
-    const __m512i order = _mm512_broadcast_i32x4(
-        _mm_set_epi8(13, 12, 5, 4, 15, 14, 7, 6, 9, 8, 1, 0, 11, 10, 3, 2));
+    const __m512i order = _mm512_broadcast_i32x4(_mm_set_epi8(13, 12, 5, 4, 15, 14, 7, 6, 9, 8, 1, 0, 11, 10, 3, 2));
     return {_mm512_castsi512_ps(_mm512_shuffle_epi8(_mm512_castps_si512(words.v), order))};
   }
 

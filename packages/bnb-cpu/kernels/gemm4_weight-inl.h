@@ -156,8 +156,7 @@ struct Scales4 {
 BNB_FN Scales4 scales_of(const Weight4& weight, int64_t row, int64_t k, int64_t count, float* buffer) {
   const int64_t element = row * weight.width + k;
   const int64_t first = element >> weight.shift, last = (element + count - 1) >> weight.shift;
-  return {weight.absmax.expand(first, last - first + 1, buffer), first << weight.shift, weight.blocksize,
-          weight.shift};
+  return {weight.absmax.expand(first, last - first + 1, buffer), first << weight.shift, weight.blocksize, weight.shift};
 }
 
 // --- codes ---------------------------------------------------------------------------------------------
@@ -249,8 +248,7 @@ BNB_FN void decode_plain(const Weight4& weight, const Table16& table, int64_t ro
 }
 
 // Decodes elements [k, k + count) of a row to floats in the order of the weight, zeros up to whole groups.
-BNB_FN void decode_row(const Weight4& weight, const Table16& table, int64_t row, int64_t k, int64_t count,
-                       float* out) {
+BNB_FN void decode_row(const Weight4& weight, const Table16& table, int64_t row, int64_t k, int64_t count, float* out) {
   if (weight.grouped_order) {
     decode_grouped(weight, table, row, k, count, [out](int64_t offset, F32 even, F32 odd) {
       store(out + offset, even);

@@ -169,8 +169,7 @@ BNB_FN void add_up(const Int8Total* totals, int64_t count, int32_t* sums) {
 
 // store(row, count, m, sums) takes the products of `count` weight rows, up to kInt8Block, with row m of `a`.
 template <int kActs, class Store>
-void multiply_int8_few(const int8_t* a, const int8_t* b, int64_t rows, int64_t width, int threads,
-                       const Store& store) {
+void multiply_int8_few(const int8_t* a, const int8_t* b, int64_t rows, int64_t width, int threads, const Store& store) {
   using Word = Int8Dot::Word;
   constexpr int kWeights = kActs <= 4 && kLanes == 16 ? 4 : 2;
   // A stretch of the activations takes at most half of a first-level cache of 32 KiB.

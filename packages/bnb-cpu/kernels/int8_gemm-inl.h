@@ -21,9 +21,7 @@ struct Int8Product {
   static I32 step(I32 sum, const Word* lanes, Word word) {
     return {_mm512_dpbusd_epi32(sum.v, _mm512_loadu_si512(lanes), _mm512_set1_epi32(word))};
   }
-  static void copy_row(const int8_t* from, int64_t count, Word* out) {
-    memcpy(out, from, static_cast<size_t>(count));
-  }
+  static void copy_row(const int8_t* from, int64_t count, Word* out) { memcpy(out, from, static_cast<size_t>(count)); }
   static Word lane_word(const int8_t* from) {
     uint32_t word;
     memcpy(&word, from, sizeof word);
@@ -192,11 +190,10 @@ void multiply_int8(const int8_t* a, const int8_t* b, int64_t count, int64_t rows
   }
   if (few > 0) {
     with_count<Int8Dot::kRows>(few, [&](auto acts) {
-      multiply_int8_few<decltype(acts)::value>(
-          a + many * width, b, rows, width, threads,
-          [&](int64_t row, int64_t row_count, int64_t m, const int32_t* sums) {
-            take_few(row, row_count, many + m, sums);
-          });
+      multiply_int8_few<decltype(acts)::value>(a + many * width, b, rows, width, threads,
+                                               [&](int64_t row, int64_t row_count, int64_t m, const int32_t* sums) {
+                                                 take_few(row, row_count, many + m, sums);
+                                               });
     });
   }
 }
@@ -319,8 +316,7 @@ void scaled_int8_product(const int8_t* a, const int8_t* b, const float* row_stat
       outliers[i * lanes + row] = row < count ? bnb::to_float(x[row * width + outlier_columns[i]]) : 0.0f;
     }
   }
-  const Int8Epilogue epilogue{stats,           col_stats,     bias,     b,    width,
-                              outlier_columns, outlier_count, outliers, lanes};
+  const Int8Epilogue epilogue{stats, col_stats, bias, b, width, outlier_columns, outlier_count, outliers, lanes};
   multiply_int8(
       a, b, count, rows, width, threads,
       [&](int64_t lane, int64_t lane_count, int64_t row, int64_t row_count, int32_t* sums, int64_t stride) {
@@ -353,10 +349,9 @@ void int8_linear(const void* x, int dtype, int64_t count, const int8_t* b, const
   with_dtype(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     const T* from = static_cast<const T*>(x);
-    const int64_t outliers =
-        quantize_int8_rows(from, count, width, threshold, codes, width, stats, columns, threads);
-    scaled_int8_product(codes, b, stats, col_stats, count, rows, width, from, columns, outliers,
-                        Bias{bias, bias_dtype}, static_cast<T*>(out), threads);
+    const int64_t outliers = quantize_int8_rows(from, count, width, threshold, codes, width, stats, columns, threads);
+    scaled_int8_product(codes, b, stats, col_stats, count, rows, width, from, columns, outliers, Bias{bias, bias_dtype},
+                        static_cast<T*>(out), threads);
   });
 }
 

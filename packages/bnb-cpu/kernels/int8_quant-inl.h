@@ -159,8 +159,8 @@ int64_t int8_vectorwise_quant(const void* x, int dtype, int64_t rows, int64_t wi
   int64_t count = 0;
   with_dtype(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    count = quantize_int8_rows(static_cast<const T*>(x), rows, width, threshold, codes, width, absmax,
-                               outlier_columns, threads);
+    count = quantize_int8_rows(static_cast<const T*>(x), rows, width, threshold, codes, width, absmax, outlier_columns,
+                               threads);
   });
   return count;
 }

@@ -103,9 +103,7 @@ BNB_FN void transpose(F32 (&v)[kLanes]) {
   v[3].v = narrow(vtrn2q_f64(wide(odd01), wide(odd23)));
 }
 
-BNB_FN F32 sums_of_lanes(const F32* v) {
-  return {vpaddq_f32(vpaddq_f32(v[0].v, v[1].v), vpaddq_f32(v[2].v, v[3].v))};
-}
+BNB_FN F32 sums_of_lanes(const F32* v) { return {vpaddq_f32(vpaddq_f32(v[0].v, v[1].v), vpaddq_f32(v[2].v, v[3].v))}; }
 #else
 BNB_FN void transpose(F32 (&)[kLanes]) {}
 

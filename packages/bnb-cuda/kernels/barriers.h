@@ -57,11 +57,10 @@ __device__ __forceinline__ void wait(uint64_t* barrier, int parity) {
 // Copies bytes, a multiple of 16 between addresses that are multiples of 16.
 __device__ __forceinline__ void copy_bulk(void* to, const void* from, int bytes, uint64_t* barrier) {
 #if BNB_BULK_COPIES
-  asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-          shared_address(to)),
-      "l"(from), "r"(bytes), "r"(shared_address(barrier))
-      : "memory");
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                   shared_address(to)),
+               "l"(from), "r"(bytes), "r"(shared_address(barrier))
+               : "memory");
 #endif
 }
 

@@ -20,8 +20,12 @@ T* as(Pointer address) {
 
 Statistics statistics(Pointer absmax, Pointer absmax_8bit, Pointer code, int code_size, Pointer offset,
                       int64_t nested_blocksize) {
-  return {as<const float>(absmax), as<const uint8_t>(absmax_8bit), as<const float>(code), as<const float>(offset),
-          code_size,               nested_blocksize};
+  return {as<const float>(absmax),
+          as<const uint8_t>(absmax_8bit),
+          as<const float>(code),
+          as<const float>(offset),
+          code_size,
+          nested_blocksize};
 }
 
 }  // namespace
@@ -35,22 +39,20 @@ NB_MODULE(_C, m) {
     quantize_4bit(Launch(device, stream), as<const void>(x), dtype, count, blocksize, quant_type, as<uint8_t>(packed),
                   as<float>(absmax));
   });
-  m.def("dequantize_4bit",
-        [](int device, Pointer stream, Pointer packed, Pointer absmax, Pointer absmax_8bit, Pointer code,
-           int code_size, Pointer offset, int64_t nested_blocksize, int64_t count, int64_t blocksize, int quant_type,
-           Pointer out, int dtype) {
-          dequantize_4bit(Launch(device, stream), as<const uint8_t>(packed),
-                          statistics(absmax, absmax_8bit, code, code_size, offset, nested_blocksize), count,
-                          blocksize, quant_type, as<void>(out), dtype);
-        });
+  m.def("dequantize_4bit", [](int device, Pointer stream, Pointer packed, Pointer absmax, Pointer absmax_8bit,
+                              Pointer code, int code_size, Pointer offset, int64_t nested_blocksize, int64_t count,
+                              int64_t blocksize, int quant_type, Pointer out, int dtype) {
+    dequantize_4bit(Launch(device, stream), as<const uint8_t>(packed),
+                    statistics(absmax, absmax_8bit, code, code_size, offset, nested_blocksize), count, blocksize,
+                    quant_type, as<void>(out), dtype);
+  });
   m.def("embedding_4bit",
         [](int device, Pointer stream, Pointer indices, bool indices_64bit, int64_t lookups, Pointer packed,
            Pointer absmax, Pointer absmax_8bit, Pointer code, int code_size, Pointer offset, int64_t rows,
            int64_t width, int64_t blocksize, int quant_type, Pointer out, int dtype) {
           embedding_4bit(Launch(device, stream), as<const void>(indices), indices_64bit, lookups,
-                         as<const uint8_t>(packed),
-                         statistics(absmax, absmax_8bit, code, code_size, offset, 256), rows, width, blocksize,
-                         quant_type, as<void>(out), dtype);
+                         as<const uint8_t>(packed), statistics(absmax, absmax_8bit, code, code_size, offset, 256), rows,
+                         width, blocksize, quant_type, as<void>(out), dtype);
         });
 
   m.def("quantize_blockwise", [](int device, Pointer stream, Pointer x, int dtype, int64_t count, int64_t blocksize,
@@ -66,50 +68,49 @@ NB_MODULE(_C, m) {
 
   m.def("gemm_4bit_fits", &gemm_4bit_fits);
   // `path` is a value of bnb_cuda.tuning.Path; plain arithmetic (0) needs the table `table`.
-  m.def("gemm_4bit", [](int path, int split, int device, Pointer stream, Pointer a, int dtype, int64_t m, int64_t n,
-                        int64_t k, Pointer packed, Pointer absmax, Pointer absmax_8bit, Pointer code, int code_size,
-                        Pointer offset, int64_t blocksize, int quant_type, Pointer bias, int bias_dtype, Pointer out,
-                        Pointer table) {
-    const Launch launch(device, stream);
-    const Gemm4 p{as<const void>(a),
-                  dtype,
-                  m,
-                  n,
-                  k,
-                  as<const uint8_t>(packed),
-                  statistics(absmax, absmax_8bit, code, code_size, offset, 256),
-                  blocksize,
-                  quant_type,
-                  as<const void>(bias),
-                  bias_dtype,
-                  as<void>(out)};
-    if (path == 0) {
-      gemv_4bit(launch, p, as<const float>(table));
-    } else if (path == 1) {
-      gemm_4bit_few(launch, p);
-    } else if (path == 2) {
-      gemm_4bit_tiles(launch, p, split);
-    } else if (path == 4) {
-      gemm_4bit_groups(launch, p, split);
-    } else {
-      gemm_4bit_stream(launch, p);
-    }
-  });
+  m.def("gemm_4bit",
+        [](int path, int split, int device, Pointer stream, Pointer a, int dtype, int64_t m, int64_t n, int64_t k,
+           Pointer packed, Pointer absmax, Pointer absmax_8bit, Pointer code, int code_size, Pointer offset,
+           int64_t blocksize, int quant_type, Pointer bias, int bias_dtype, Pointer out, Pointer table) {
+          const Launch launch(device, stream);
+          const Gemm4 p{as<const void>(a),
+                        dtype,
+                        m,
+                        n,
+                        k,
+                        as<const uint8_t>(packed),
+                        statistics(absmax, absmax_8bit, code, code_size, offset, 256),
+                        blocksize,
+                        quant_type,
+                        as<const void>(bias),
+                        bias_dtype,
+                        as<void>(out)};
+          if (path == 0) {
+            gemv_4bit(launch, p, as<const float>(table));
+          } else if (path == 1) {
+            gemm_4bit_few(launch, p);
+          } else if (path == 2) {
+            gemm_4bit_tiles(launch, p, split);
+          } else if (path == 4) {
+            gemm_4bit_groups(launch, p, split);
+          } else {
+            gemm_4bit_stream(launch, p);
+          }
+        });
 
-  m.def("int8_quantize_rows",
-        [](int device, Pointer stream, Pointer x, int dtype, int64_t rows, int64_t columns, float threshold,
-           Pointer codes, Pointer absmax, Pointer flags, Pointer listed, Pointer count) {
-          int8_quantize_rows(Launch(device, stream), as<const void>(x), dtype, rows, columns, threshold,
-                             as<int8_t>(codes), as<float>(absmax), {as<unsigned>(flags), as<int>(listed), as<int>(count)});
-        });
-  m.def("int8_double_quantize",
-        [](int device, Pointer stream, Pointer x, int dtype, int64_t rows, int64_t columns, float threshold,
-           Pointer row_codes, Pointer column_codes, Pointer row_absmax, Pointer column_absmax, Pointer flags,
-           Pointer listed, Pointer count) {
-          int8_double_quantize(Launch(device, stream), as<const void>(x), dtype, rows, columns, threshold,
-                               as<int8_t>(row_codes), as<int8_t>(column_codes), as<float>(row_absmax),
-                               as<float>(column_absmax), {as<unsigned>(flags), as<int>(listed), as<int>(count)});
-        });
+  m.def("int8_quantize_rows", [](int device, Pointer stream, Pointer x, int dtype, int64_t rows, int64_t columns,
+                                 float threshold, Pointer codes, Pointer absmax, Pointer flags, Pointer listed,
+                                 Pointer count) {
+    int8_quantize_rows(Launch(device, stream), as<const void>(x), dtype, rows, columns, threshold, as<int8_t>(codes),
+                       as<float>(absmax), {as<unsigned>(flags), as<int>(listed), as<int>(count)});
+  });
+  m.def("int8_double_quantize", [](int device, Pointer stream, Pointer x, int dtype, int64_t rows, int64_t columns,
+                                   float threshold, Pointer row_codes, Pointer column_codes, Pointer row_absmax,
+                                   Pointer column_absmax, Pointer flags, Pointer listed, Pointer count) {
+    int8_double_quantize(Launch(device, stream), as<const void>(x), dtype, rows, columns, threshold,
+                         as<int8_t>(row_codes), as<int8_t>(column_codes), as<float>(row_absmax),
+                         as<float>(column_absmax), {as<unsigned>(flags), as<int>(listed), as<int>(count)});
+  });
   m.def("int8_dequantize_rows", [](int device, Pointer stream, Pointer codes, Pointer absmax, int64_t rows,
                                    int64_t columns, Pointer out, int dtype) {
     int8_dequantize_rows(Launch(device, stream), as<const int8_t>(codes), as<const float>(absmax), rows, columns,

@@ -177,9 +177,8 @@ __global__ void __launch_bounds__(kThreads)
 
 template <class T>
 __global__ void __launch_bounds__(kThreads)
-    dequantize8_any(const uint8_t* __restrict__ codes, const float* __restrict__ absmax,
-                    const float* __restrict__ code, int code_size, int64_t count, int64_t blocksize,
-                    T* __restrict__ out) {
+    dequantize8_any(const uint8_t* __restrict__ codes, const float* __restrict__ absmax, const float* __restrict__ code,
+                    int code_size, int64_t count, int64_t blocksize, T* __restrict__ out) {
   __shared__ float table[256];
   load_table(table, code, code_size);
   __syncthreads();

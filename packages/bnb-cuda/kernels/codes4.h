@@ -104,7 +104,7 @@ struct BlockScale {
   const Statistics statistics;
   const float* code;  // in shared memory
   float offset;
-  int nested_shift;   // log2 of the nested block size, or -1
+  int nested_shift;  // log2 of the nested block size, or -1
 
   // `shared` has room for 256 values. All threads call this; the caller synchronises afterwards.
   __device__ BlockScale(const Statistics& given, float* shared, int shift)
@@ -127,8 +127,7 @@ struct BlockScale {
     if constexpr (!kNested) {
       return {__ldg(statistics.absmax + block), 0u};
     } else {
-      const int64_t outer =
-          kShift || nested_shift >= 0 ? block >> nested_shift : block / statistics.nested_blocksize;
+      const int64_t outer = kShift || nested_shift >= 0 ? block >> nested_shift : block / statistics.nested_blocksize;
       return {__ldg(statistics.absmax + outer), __ldg(statistics.absmax_8bit + block)};
     }
   }

@@ -162,8 +162,8 @@ void launch_embedding(const Launch& launch, const void* indices, int64_t lookups
   const int shift = exact_log2(blocksize), nested_shift = exact_log2(statistics.nested_blocksize);
   if (width % kPerLane == 0 && shift >= 3) {
     const unsigned grid = launch.grid(ceil_div(lookups * (width / kPerLane), kThreads), 16);
-    embedding4<T, kType, kNested, Index><<<grid, kThreads, 0, launch.stream()>>>(
-        from, lookups, packed, statistics, rows, width, shift, nested_shift, out);
+    embedding4<T, kType, kNested, Index><<<grid, kThreads, 0, launch.stream()>>>(from, lookups, packed, statistics,
+                                                                                 rows, width, shift, nested_shift, out);
   } else {
     const unsigned grid = launch.grid(ceil_div(lookups * width, kThreads), 16);
     embedding4_any<T, kType, kNested, Index><<<grid, kThreads, 0, launch.stream()>>>(
@@ -188,7 +188,7 @@ void dequantize_4bit(const Launch& launch, const uint8_t* packed, const Statisti
         if (shift >= 3) {
           const unsigned grid = launch.grid(ceil_div(count, kThreads * kPerLane * kUnroll), 32);
           dequantize4<T, kType, kNested><<<grid, kThreads, 0, launch.stream()>>>(packed, statistics, count, shift,
-                                                                                nested_shift, static_cast<T*>(out));
+                                                                                 nested_shift, static_cast<T*>(out));
         } else {
           const unsigned grid = launch.grid(ceil_div(count, kThreads), 16);
           dequantize4_any<T, kType, kNested><<<grid, kThreads, 0, launch.stream()>>>(
@@ -201,8 +201,8 @@ void dequantize_4bit(const Launch& launch, const uint8_t* packed, const Statisti
 }
 
 void embedding_4bit(const Launch& launch, const void* indices, bool indices_64bit, int64_t lookups,
-                    const uint8_t* packed, const Statistics& statistics, int64_t rows, int64_t width,
-                    int64_t blocksize, int quant_type, void* out, int dtype) {
+                    const uint8_t* packed, const Statistics& statistics, int64_t rows, int64_t width, int64_t blocksize,
+                    int quant_type, void* out, int dtype) {
   if (lookups * width == 0) {
     return;
   }
@@ -212,8 +212,8 @@ void embedding_4bit(const Launch& launch, const void* indices, bool indices_64bi
       with_nested(statistics, [&](auto nested) {
         constexpr int kType = decltype(quant)::value;
         constexpr bool kNested = decltype(nested)::value;
-        const auto launch_with = indices_64bit ? launch_embedding<T, kType, kNested, int64_t>
-                                               : launch_embedding<T, kType, kNested, int32_t>;
+        const auto launch_with =
+            indices_64bit ? launch_embedding<T, kType, kNested, int64_t> : launch_embedding<T, kType, kNested, int32_t>;
         launch_with(launch, indices, lookups, packed, statistics, rows, width, blocksize, static_cast<T*>(out));
       });
     });

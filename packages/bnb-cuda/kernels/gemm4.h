@@ -67,13 +67,11 @@ template <class T>
 __device__ __forceinline__ void multiply_tile(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
 #if BNB_DEVICE_ARCH >= 800
   if constexpr (std::is_same_v<T, half_t>) {
-    asm(
-        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
   } else {
-    asm(
-        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
   }
@@ -125,8 +123,8 @@ struct LeftOperands {
   static constexpr int kCount = kChunk / 16;
   unsigned registers[kCount][4];
 
-  __device__ __forceinline__ LeftOperands(const unsigned char* table, unsigned lane_offset,
-                                          const Codes<kChunk>& upper, const Codes<kChunk>& lower) {
+  __device__ __forceinline__ LeftOperands(const unsigned char* table, unsigned lane_offset, const Codes<kChunk>& upper,
+                                          const Codes<kChunk>& lower) {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
       decode_left<kChunk>(registers[i], i, table, lane_offset, upper, lower);

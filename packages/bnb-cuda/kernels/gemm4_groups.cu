@@ -238,8 +238,8 @@ void run(const Launch& launch, const Gemm4& p, int split) {
   static SharedMemoryLimit limit;
   limit.raise(launch, reinterpret_cast<const void*>(kernel), kShared);
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(split, static_cast<unsigned>(ceil_div(p.n, kRows)),
-                        static_cast<unsigned>(ceil_div(p.m, kTokens)));
+  config.gridDim =
+      dim3(split, static_cast<unsigned>(ceil_div(p.n, kRows)), static_cast<unsigned>(ceil_div(p.m, kTokens)));
   config.blockDim = dim3(kThreads);
   config.dynamicSmemBytes = kShared;
   config.stream = launch.stream();
@@ -250,10 +250,9 @@ void run(const Launch& launch, const Gemm4& p, int split) {
   attribute.val.clusterDim.z = 1;
   config.attrs = &attribute;
   config.numAttrs = split > 1 ? 1 : 0;
-  check(cudaLaunchKernelEx(&config, kernel, static_cast<const T*>(p.a), static_cast<int>(p.m),
-                           static_cast<int>(p.n), static_cast<int>(p.k), p.packed, p.statistics,
-                           exact_log2(p.blocksize), exact_log2(p.statistics.nested_blocksize), p.bias, p.bias_dtype,
-                           static_cast<T*>(p.out)),
+  check(cudaLaunchKernelEx(&config, kernel, static_cast<const T*>(p.a), static_cast<int>(p.m), static_cast<int>(p.n),
+                           static_cast<int>(p.k), p.packed, p.statistics, exact_log2(p.blocksize),
+                           exact_log2(p.statistics.nested_blocksize), p.bias, p.bias_dtype, static_cast<T*>(p.out)),
         "gemm_4bit");
 #endif
 }

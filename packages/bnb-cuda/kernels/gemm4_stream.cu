@@ -65,18 +65,16 @@ __global__ void __launch_bounds__(kThreads, 1)
   using Scale = BlockScale<kNested, true>;
   constexpr int kStages = Layout::kStages, kAhead = kStages / 2;
   constexpr int kRows = 16 * kRowTiles, kTokens = 8 * kTokenTiles, kPitch = kRows + kSumPadding;
-  constexpr int kLaneBytes = kChunk / 8;   // of a weight row
-  constexpr int kLaneValues = kChunk / 4;  // of an activation row
-  constexpr int kPerWarp = Layout::kChunks / kWarps;   // chunks of a stage
-  constexpr int kPerLane = Layout::kChunks / kLanes;   // statistics of a row of a stage
+  constexpr int kLaneBytes = kChunk / 8;              // of a weight row
+  constexpr int kLaneValues = kChunk / 4;             // of an activation row
+  constexpr int kPerWarp = Layout::kChunks / kWarps;  // chunks of a stage
+  constexpr int kPerLane = Layout::kChunks / kLanes;  // statistics of a row of a stage
   extern __shared__ __align__(128) unsigned char shared[];
   uint64_t* full = reinterpret_cast<uint64_t*>(shared + Layout::kBarriers);
   uint64_t* drained = full + kStages;
   float* partial = reinterpret_cast<float*>(shared + Layout::kPartial);
   const auto stage_codes = [&](int slot) { return shared + Layout::kRing + slot * Layout::kStageBytes; };
-  const auto stage_scales = [&](int slot) {
-    return reinterpret_cast<float*>(stage_codes(slot) + kRows * kCodePitch);
-  };
+  const auto stage_scales = [&](int slot) { return reinterpret_cast<float*>(stage_codes(slot) + kRows * kCodePitch); };
 
   const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes;
   const int tiles = (n + kRows - 1) / kRows;
@@ -198,7 +196,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   // Chunks that are multiplied together, each with two sums: short chains of products, much to overlap.
   constexpr int kTogether = kTokenTiles == 1 ? 2 : 1, kChains = kTokenTiles == 1 ? 2 : 1;
   using Right = Activations<kChunk, kTokenTiles>;
-  const auto multiply = [&](int slot, int chunk, const Right (&right)[kTogether]) {
+  const auto multiply = [&](int slot, int chunk, const Right(&right)[kTogether]) {
     const unsigned char* from = stage_codes(slot) + g * kCodePitch + chunk * (kChunk / 2) + t * kLaneBytes;
     const float* scales = stage_scales(slot) + g * Layout::kScalePitch + chunk;
 #pragma unroll
@@ -210,8 +208,8 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
           const int row = 16 * r + 8 * h, other = kWarps * c;
-          memcpy(&codes[c][h],
-                 __builtin_assume_aligned(from + row * kCodePitch + other * (kChunk / 2), kLaneBytes), kLaneBytes);
+          memcpy(&codes[c][h], __builtin_assume_aligned(from + row * kCodePitch + other * (kChunk / 2), kLaneBytes),
+                 kLaneBytes);
           scale[c][h] = scales[row * Layout::kScalePitch + other];
         }
       }
@@ -274,7 +272,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   };
 
   // Activations of the chunks from `column` on that are multiplied together.
-  const auto load_right = [&](Right (&to)[kTogether], int column) {
+  const auto load_right = [&](Right(&to)[kTogether], int column) {
 #pragma unroll
     for (int c = 0; c < kTogether; ++c) {
       to[c] = load_activations(column + c * kWarps * kChunk);

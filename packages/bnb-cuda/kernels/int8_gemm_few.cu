@@ -107,10 +107,10 @@ __global__ void __launch_bounds__(kThreads)
         sum += partial[w * kRows * kTokens + i];
       }
       const float scale = b_absmax[row];
-      const float corrected =
-          kOutliers ? outlier_product(values + static_cast<int64_t>(token) * k, b + static_cast<int64_t>(row) * k,
-                                      outliers.columns, count, scale)
-                    : 0.0f;
+      const float corrected = kOutliers
+                                  ? outlier_product(values + static_cast<int64_t>(token) * k,
+                                                    b + static_cast<int64_t>(row) * k, outliers.columns, count, scale)
+                                  : 0.0f;
       out[static_cast<int64_t>(token) * n + row] =
           from_float<T>(scaled_product(sum, a_absmax[token], scale, corrected, load_bias(bias, bias_dtype, row)));
     }

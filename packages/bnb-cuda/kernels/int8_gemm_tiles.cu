@@ -132,8 +132,8 @@ __global__ void __launch_bounds__(kThreads, 2)
       __syncthreads();
       for (int i = threadIdx.x; i < batch * kTile; i += kThreads) {
         const int token = first_token + i % kTile;
-        left[i] = token < m ? to_float(values[static_cast<int64_t>(token) * k + outliers.columns[base + i / kTile]])
-                            : 0.0f;
+        left[i] =
+            token < m ? to_float(values[static_cast<int64_t>(token) * k + outliers.columns[base + i / kTile]]) : 0.0f;
       }
       __syncthreads();
       float weights[kBatch];
@@ -225,8 +225,8 @@ void int8_finish(const Launch& launch, const int32_t* product, const Gemm8& p) {
       const int64_t bands = ceil_div(static_cast<int64_t>(launch.processors()) * 16, across);
       const dim3 grid(static_cast<unsigned>(across), static_cast<unsigned>(bands < p.m ? bands : p.m));
       finish<T, kOutliers><<<grid, 256, 0, launch.stream()>>>(product, p.b, p.m, p.n, p.k, p.a_absmax, p.b_absmax,
-                                                             static_cast<const T*>(p.values), p.outliers, p.bias,
-                                                             p.bias_dtype, static_cast<T*>(p.out));
+                                                              static_cast<const T*>(p.values), p.outliers, p.bias,
+                                                              p.bias_dtype, static_cast<T*>(p.out));
     });
   });
   check_launch("int8_mm_dequant");

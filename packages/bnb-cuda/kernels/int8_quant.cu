@@ -181,9 +181,8 @@ __device__ __forceinline__ Vector<T, kPerVector> load_columns(const T* row, int6
 
 // Statistics of columns: a thread takes 8 columns of a band of rows, several rows at a time.
 template <class T>
-__global__ void __launch_bounds__(kThreads)
-    column_statistics(const T* __restrict__ x, int64_t rows, int64_t columns, float threshold,
-                      unsigned* __restrict__ absmax) {
+__global__ void __launch_bounds__(kThreads) column_statistics(const T* __restrict__ x, int64_t rows, int64_t columns,
+                                                              float threshold, unsigned* __restrict__ absmax) {
   constexpr int kUnroll = 4;
   const int64_t column = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * kPerVector;
   if (column >= columns) {
@@ -263,8 +262,8 @@ __global__ void __launch_bounds__(kThreads)
 
 template <class T>
 __global__ void __launch_bounds__(kThreads)
-    dequantize_rows(const int8_t* __restrict__ codes, const float* __restrict__ absmax, int64_t total,
-                    int64_t columns, T* __restrict__ out) {
+    dequantize_rows(const int8_t* __restrict__ codes, const float* __restrict__ absmax, int64_t total, int64_t columns,
+                    T* __restrict__ out) {
   for (int64_t i = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * kPerVector; i < total;
        i += static_cast<int64_t>(gridDim.x) * kThreads * kPerVector) {
     if (columns % kPerVector == 0) {
@@ -291,8 +290,8 @@ void quantize(const Launch& launch, const T* x, int64_t rows, int64_t columns, f
   if (columns % kPerVector == 0 && columns <= 8192) {
     const int vectors = static_cast<int>(ceil_div(columns, kThreads * kPerVector));
     const auto go = [&](auto count) {
-      quantize_row<T, decltype(count)::value><<<grid, kThreads, 0, launch.stream()>>>(
-          x, static_cast<int>(columns), threshold, codes, absmax, flags);
+      quantize_row<T, decltype(count)::value>
+          <<<grid, kThreads, 0, launch.stream()>>>(x, static_cast<int>(columns), threshold, codes, absmax, flags);
     };
     switch (vectors) {
       case 1:
@@ -312,15 +311,15 @@ void prepare(const Launch& launch, const Outliers& outliers, int64_t columns) {
 
 void list_and_clear(const Launch& launch, const Outliers& outliers, int8_t* codes, int64_t rows, int64_t columns) {
   list_columns<<<1, 1024, 0, launch.stream()>>>(outliers.flags, ceil_div(columns, 32), outliers.columns,
-                                               outliers.count);
+                                                outliers.count);
   clear_columns<<<launch.grid(ceil_div(rows * 16, kThreads), 4), kThreads, 0, launch.stream()>>>(
       codes, rows, columns, outliers.columns, outliers.count);
 }
 
 }  // namespace
 
-void int8_quantize_rows(const Launch& launch, const void* x, int dtype, int64_t rows, int64_t columns,
-                        float threshold, int8_t* codes, float* absmax, const Outliers& outliers) {
+void int8_quantize_rows(const Launch& launch, const void* x, int dtype, int64_t rows, int64_t columns, float threshold,
+                        int8_t* codes, float* absmax, const Outliers& outliers) {
   if (threshold > 0.0f && columns > 0) {
     prepare(launch, outliers, columns);
   }
@@ -355,9 +354,9 @@ void int8_double_quantize(const Launch& launch, const void* x, int dtype, int64_
       const int64_t bands = ceil_div(static_cast<int64_t>(launch.processors()) * 8, across);
       const dim3 grid(static_cast<unsigned>(across), static_cast<unsigned>(bands < rows ? bands : rows));
       column_statistics<T><<<grid, kThreads, 0, launch.stream()>>>(from, rows, columns, threshold,
-                                                                  reinterpret_cast<unsigned*>(column_absmax));
-      quantize_columns<T><<<grid, kThreads, 0, launch.stream()>>>(from, rows, columns, threshold, column_absmax,
-                                                                 column_codes);
+                                                                   reinterpret_cast<unsigned*>(column_absmax));
+      quantize_columns<T>
+          <<<grid, kThreads, 0, launch.stream()>>>(from, rows, columns, threshold, column_absmax, column_codes);
     });
   }
   if (threshold > 0.0f) {
@@ -366,8 +365,8 @@ void int8_double_quantize(const Launch& launch, const void* x, int dtype, int64_
   check_launch("int8_double_quant");
 }
 
-void int8_dequantize_rows(const Launch& launch, const int8_t* codes, const float* absmax, int64_t rows,
-                          int64_t columns, void* out, int dtype) {
+void int8_dequantize_rows(const Launch& launch, const int8_t* codes, const float* absmax, int64_t rows, int64_t columns,
+                          void* out, int dtype) {
   const int64_t total = rows * columns;
   if (total == 0) {
     return;

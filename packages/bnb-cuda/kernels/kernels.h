@@ -121,11 +121,11 @@ struct OptimizerStep {
   int dtype;
   double lr, beta1, beta2, beta3, alpha, eps, weight_decay, gnorm_scale, step, max_unorm;
   bool skip_zeros;
-  const float* code1;     // codebooks of 256 values, null for float32 states
+  const float* code1;  // codebooks of 256 values, null for float32 states
   const float* code2;
-  const void* schedule;   // (tensors, 4): lr, step, beta3, alpha; or null
-  bool schedule_double;   // float64, else float32
-  void* workspace;        // see optimizer_workspace, or null where that is 0
+  const void* schedule;  // (tensors, 4): lr, step, beta3, alpha; or null
+  bool schedule_double;  // float64, else float32
+  void* workspace;       // see optimizer_workspace, or null where that is 0
 };
 
 // Fills the column of first units from that of elements, both in host memory; returns their number.

@@ -82,8 +82,7 @@ class SharedMemoryLimit {
   void raise(const Launch& launch, const void* kernel, int bytes) {
     std::atomic<bool>& raised = raised_[launch.device()];
     if (!raised.load(std::memory_order_acquire)) {
-      check(gpuFuncSetAttribute(kernel, gpuFuncAttributeMaxDynamicSharedMemorySize, bytes),
-            "asking for shared memory");
+      check(gpuFuncSetAttribute(kernel, gpuFuncAttributeMaxDynamicSharedMemorySize, bytes), "asking for shared memory");
       raised.store(true, std::memory_order_release);
     }
   }

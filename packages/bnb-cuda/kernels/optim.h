@@ -27,11 +27,11 @@ struct StepConstants {
 struct StepArguments {
   const int64_t* table;
   int64_t tensors, units;
-  StepConstants constants;           // of all parameters,
-  const StepConstants* by_tensor;    // unless this is given
+  StepConstants constants;         // of all parameters,
+  const StepConstants* by_tensor;  // unless this is given
   bool skip_zeros;
   const float *code1, *code2;
-  double* partial;                   // norms by unit, for the pass that computes them
+  double* partial;  // norms by unit, for the pass that computes them
 };
 
 enum Column { kParameter, kGradient, kState1, kState2, kAbsmax1, kAbsmax2, kElements, kFirstUnit, kSeed };
@@ -140,7 +140,7 @@ struct CodeStorage {
 // `kMeasure`: only the squares of the norms of update and parameter, one pair per unit. `kByTensor`: each
 // parameter has constants of its own; otherwise they stay in the arguments, which costs no registers.
 template <class T, bnb::Rule kRule, class Storage, bool kMeasure, bool kByTensor>
-__global__ void __launch_bounds__(kOptimizerThreads, Storage::kBlocks && Shape<kRule>::kValues < 3 ? 3 : 2)
+__global__ void __launch_bounds__(kOptimizerThreads, Storage::kBlocks&& Shape<kRule>::kValues < 3 ? 3 : 2)
     optimizer_pass(const __grid_constant__ StepArguments a) {
   using Element = typename Storage::Element;
   using Layout = Shape<kRule>;
@@ -210,9 +210,9 @@ __global__ void __launch_bounds__(kOptimizerThreads, Storage::kBlocks && Shape<k
         float states[bnb::kMostValues];
 #pragma unroll
         for (int s = 0; s < Layout::kValues; ++s) {
-          states[s] = kCodes ? tables[s >= Layout::kFirst && kCodes][static_cast<int>(stored[s].values[i]) & 255] *
-                                   scales[s]
-                             : static_cast<float>(stored[s].values[i]);
+          states[s] =
+              kCodes ? tables[s >= Layout::kFirst && kCodes][static_cast<int>(stored[s].values[i]) & 255] * scales[s]
+                     : static_cast<float>(stored[s].values[i]);
           values[s][i] = states[s];
         }
         const bool inside = begin + i < row.count;

@@ -31,8 +31,7 @@ __global__ void __launch_bounds__(kOptimizerThreads)
       settings.beta3 = schedule[4 * tensor + 2];
       settings.alpha = schedule[4 * tensor + 3];
     }
-    const double clip =
-        norms ? bnb::clip_scale(::sqrt(update_square), max_unorm * ::sqrt(parameter_square)) : 1.0;
+    const double clip = norms ? bnb::clip_scale(::sqrt(update_square), max_unorm * ::sqrt(parameter_square)) : 1.0;
     out[tensor].rule = bnb::rule_constants(rule, settings, clip);
     out[tensor].step = static_cast<uint32_t>(static_cast<int64_t>(settings.step));
   }

@@ -123,9 +123,8 @@ __global__ void __launch_bounds__(512)
 
 // Any even block size: a thread block takes a block of values, in two passes.
 template <class T, int kType>
-__global__ void __launch_bounds__(kThreads)
-    quantize4_any(const T* __restrict__ x, int64_t count, int64_t blocksize, uint8_t* __restrict__ packed,
-                  float* __restrict__ absmax) {
+__global__ void __launch_bounds__(kThreads) quantize4_any(const T* __restrict__ x, int64_t count, int64_t blocksize,
+                                                          uint8_t* __restrict__ packed, float* __restrict__ absmax) {
   __shared__ unsigned scratch[kLanes];
   const int64_t blocks = (count + blocksize - 1) / blocksize;
   for (int64_t block = blockIdx.x; block < blocks; block += gridDim.x) {

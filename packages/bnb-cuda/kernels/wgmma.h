@@ -73,11 +73,12 @@ __device__ __forceinline__ void wait_for_products(Sum (&sums)[kCount]) {
 #define BNB_PLACES32 BNB_PLACES16 ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
 
 // d = a @ b.T (+ d) for 64 rows of a in registers, 32 or 64 rows of b and 16 columns, 16-bit values.
-#define BNB_PRODUCT_HALF(type, rows, places, a0, a1, a2, a3, b, keep, ...)                                        \
-  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" keep ", 0;\n"                                                  \
-               "wgmma.mma_async.sync.aligned.m64n" rows "k16.f32." type "." type " {" places "}, {%" a0 ",%" a1     \
-               ",%" a2 ",%" a3 "}, %" b ", p, 1, 1, 0;\n}\n"                                                       \
-               : __VA_ARGS__                                                                                       \
+#define BNB_PRODUCT_HALF(type, rows, places, a0, a1, a2, a3, b, keep, ...)                                      \
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" keep                                                        \
+               ", 0;\n"                                                                                         \
+               "wgmma.mma_async.sync.aligned.m64n" rows "k16.f32." type "." type " {" places "}, {%" a0 ",%" a1 \
+               ",%" a2 ",%" a3 "}, %" b ", p, 1, 1, 0;\n}\n"                                                    \
+               : __VA_ARGS__                                                                                    \
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b_tile), "r"(static_cast<int>(add)))
 
 template <class T>
@@ -105,10 +106,11 @@ __device__ __forceinline__ void multiply_group(float (&d)[32], const unsigned (&
 }
 
 // The same for int8 with both operands in shared memory, 32 columns, exact in int32.
-#define BNB_PRODUCT_INT8(rows, places, a, b, keep, ...)                                                            \
-  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" keep ", 0;\n"                                                  \
-               "wgmma.mma_async.sync.aligned.m64n" rows "k32.s32.s8.s8 {" places "}, %" a ", %" b ", p;\n}\n"      \
-               : __VA_ARGS__                                                                                       \
+#define BNB_PRODUCT_INT8(rows, places, a, b, keep, ...)                                                       \
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" keep                                                      \
+               ", 0;\n"                                                                                       \
+               "wgmma.mma_async.sync.aligned.m64n" rows "k32.s32.s8.s8 {" places "}, %" a ", %" b ", p;\n}\n" \
+               : __VA_ARGS__                                                                                  \
                : "l"(a_tile), "l"(b_tile), "r"(static_cast<int>(add)))
 
 __device__ __forceinline__ void multiply_group(int (&d)[16], uint64_t a_tile, uint64_t b_tile, bool add) {
