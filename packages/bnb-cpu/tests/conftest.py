@@ -39,11 +39,12 @@ def generator() -> torch.Generator:
 
 @pytest.fixture(scope="session")
 def run_python() -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Run code in a fresh interpreter; keyword arguments are environment variables."""
+    """Run code in a fresh interpreter; keyword arguments are environment variables, the only ones of ours."""
 
     def run(code: str, **variables: str) -> subprocess.CompletedProcess[str]:
+        env = {name: value for name, value in os.environ.items() if not name.startswith("BNB_")}
         return subprocess.run(
-            [sys.executable, "-c", code], env=os.environ | variables, capture_output=True, text=True, timeout=300
+            [sys.executable, "-c", code], env=env | variables, capture_output=True, text=True, timeout=300
         )
 
     return run
