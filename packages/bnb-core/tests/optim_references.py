@@ -59,6 +59,42 @@ class AdEMAMix(torch.optim.Optimizer):
                 p.sub_(group["lr"] * (update + group["weight_decay"] * p))
 
 
+class ScheduleFree(torch.optim.Optimizer):
+    """Algorithm 1 of arXiv:2405.15682, all three sequences kept: parameters are ``y``, or ``x`` after ``average``."""
+
+    def __init__(
+        self, params: Any, lr: float, betas: Any, eps: float, decay: float, warmup: int, r: float, power: float
+    ):
+        settings = {"lr": lr, "betas": betas, "eps": eps, "decay": decay, "warmup": warmup, "r": r, "power": power}
+        super().__init__(params, settings)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            b1, b2 = group["betas"]
+            t = group["t"] = group.get("t", 0) + 1
+            lr = group["lr"] * (t / group["warmup"] if t < group["warmup"] else 1.0)
+            group["largest"] = max(group.get("largest", 0.0), lr)
+            weight = t ** group["r"] * group["largest"] ** group["power"]
+            group["total"] = group.get("total", 0.0) + weight
+            c = weight / group["total"] if group["total"] else 0.0
+            for y in group["params"]:
+                state = self.state[y]
+                if not state:
+                    state.update(z=y.clone(), x=y.clone(), v=torch.zeros_like(y))
+                state["v"] = b2 * state["v"] + (1 - b2) * y.grad * y.grad
+                u = y.grad / ((state["v"] / (1 - b2**t)).sqrt() + group["eps"]) + group["decay"] * y
+                state["z"] = state["z"] - lr * u
+                state["x"] = (1 - c) * state["x"] + c * state["z"]
+                y.copy_((1 - b1) * state["z"] + b1 * state["x"])
+
+    @torch.no_grad()
+    def average(self) -> None:
+        """Put ``x`` into the parameters."""
+        for p, state in self.state.items():
+            p.copy_(state["x"])
+
+
 class Clipped(torch.optim.Optimizer):
     """Any update whose norm is limited relative to the parameter's: LAMB from Adam, LARS from momentum."""
 

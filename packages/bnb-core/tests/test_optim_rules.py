@@ -68,6 +68,16 @@ def make_cases() -> dict[str, tuple[Callable[..., Any], Callable[..., Any]]]:
             lambda p: optim.LARS(p, 0.1, 0.9, weight_decay=0.1),
             lambda p: reference.Clipped(p, "lars", lr=0.1, momentum=0.9, weight_decay=0.1, max_unorm=0.02),
         ),
+        "schedule-free": (
+            lambda p: optim.ScheduleFreeAdamW(p, 1e-2),
+            lambda p: reference.ScheduleFree(p, 1e-2, (0.9, 0.999), 1e-8, 0.0, 0, 0.0, 2.0),
+        ),
+        "schedule-free-warmup": (
+            lambda p: optim.ScheduleFreeAdamW32bit(
+                p, 1e-2, (0.8, 0.95), 1e-6, 0.1, warmup_steps=50, r=1.0, weight_lr_power=1.0
+            ),
+            lambda p: reference.ScheduleFree(p, 1e-2, (0.8, 0.95), 1e-6, 0.1, 50, 1.0, 1.0),
+        ),
         "pytorch-lars": (
             lambda p: optim.PytorchLARS(p, 0.1, 0.9, weight_decay=0.1),
             lambda p: reference.Clipped(p, "lars", lr=0.1, momentum=0.9, weight_decay=0.1, max_unorm=0.02),
@@ -76,6 +86,8 @@ def make_cases() -> dict[str, tuple[Callable[..., Any], Callable[..., Any]]]:
 
 
 CASES = make_cases()
+#: Not compared in half precision: it rounds more often, or what is rounded enters the state.
+LEFT_OUT = ("pytorch-lars", "schedule-free", "schedule-free-warmup")
 
 
 def start(seed: int = 0) -> list[torch.Tensor]:
@@ -131,7 +143,7 @@ def test_float32_follows_float64(name: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("name", [name for name in CASES if name != "pytorch-lars"])
+@pytest.mark.parametrize("name", [name for name in CASES if name not in LEFT_OUT])
 def test_half_precision_is_rounded_once_per_step(name: str, dtype: torch.dtype) -> None:
     ours, theirs = CASES[name]
     grads = gradients()
@@ -184,6 +196,10 @@ def eight_bit() -> dict[str, tuple[Callable[..., Any], Callable[..., Any]]]:
             lambda p: optim.LARS32bit(p, 3.0, 0.9),
         ),
         "lion": (lambda p: optim.Lion8bit(p, 3e-3, min_8bit_size=0), lambda p: optim.Lion32bit(p, 3e-3)),
+        "schedule-free": (
+            lambda p: optim.ScheduleFreeAdamW8bit(p, 1e-2, min_8bit_size=0),
+            lambda p: optim.ScheduleFreeAdamW32bit(p, 1e-2),
+        ),
     }
 
 

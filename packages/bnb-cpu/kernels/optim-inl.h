@@ -117,6 +117,9 @@ BNB_FN bnb::RuleConstants<V> constants_of(const bnb::RuleConstants<float>& from)
   spread(from.weight_decay, to.weight_decay);
   spread(from.keep, to.keep);
   spread(from.rate, to.rate);
+  spread(from.rest_alpha, to.rest_alpha);
+  spread(from.now, to.now);
+  spread(from.later, to.later);
   to.first = from.first;
   to.coupled = from.coupled;
   return to;
@@ -250,6 +253,8 @@ auto with_formula(int rule, const Body& body) {
       return body(RuleTag<bnb::Rule::kSgd>{});
     case bnb::Rule::kRmsprop:
       return body(RuleTag<bnb::Rule::kRmsprop>{});
+    case bnb::Rule::kScheduleFree:
+      return body(RuleTag<bnb::Rule::kScheduleFree>{});
     default:
       return body(RuleTag<bnb::Rule::kAdagrad>{});
   }

@@ -330,6 +330,8 @@ void run_pass(const Launch& launch, bnb::Rule rule, int dtype, const StepArgumen
         return with_rule(type, std::integral_constant<bnb::Rule, bnb::Rule::kSgd>{});
       case bnb::Rule::kRmsprop:
         return with_rule(type, std::integral_constant<bnb::Rule, bnb::Rule::kRmsprop>{});
+      case bnb::Rule::kScheduleFree:
+        return with_rule(type, std::integral_constant<bnb::Rule, bnb::Rule::kScheduleFree>{});
       default:
         return with_rule(type, std::integral_constant<bnb::Rule, bnb::Rule::kAdagrad>{});
     }

@@ -128,7 +128,7 @@ struct Problem {
 };
 
 void check_step(Random& random, const std::vector<std::string>& isas) {
-  const int rule = static_cast<int>(between(random, 0, 9));
+  const int rule = static_cast<int>(between(random, 0, 10));
   const bool eight = between(random, 0, 1) == 1;
   const Problem problem(random, rule, eight);
   const auto tensors = static_cast<int64_t>(problem.counts.size());

@@ -90,17 +90,18 @@ def optimizer_update_32bit(
     """One step of one parameter with float32 states, in place on ``p`` and the states.
 
     Args:
-        optimizer_name: adam, ademamix, lamb, lamb_l2, lion, momentum, lars, sgd, rmsprop or adagrad.
+        optimizer_name: adam, ademamix, lamb, lamb_l2, lion, momentum, lars, sgd, rmsprop, adagrad or
+            schedule_free.
         g: gradient, as many elements and the dtype of ``p``. It is left as it is, although the schema,
             which is upstream's, marks it as written.
         p: parameter, contiguous, float32, float16 or bfloat16.
         state1: float32, the size of ``p``; twice that for ademamix (fast average, then slow).
-        state2: float32, the size of ``p``, for adam, ademamix, lamb and lamb_l2; else ignored.
+        state2: float32, the size of ``p``, for adam, ademamix, lamb, lamb_l2 and schedule_free; else ignored.
         unorm_vec: float32, one element, gets the norm of the update where ``max_unorm`` is above 0.
         max_unorm: limit of the update's norm relative to ``param_norm``; 0 for no limit.
         param_norm: Euclidean norm of ``p`` before the step.
         beta1, beta2, beta3, alpha, eps: parameters of the rule; see the rule for what it uses.
-        weight_decay: decoupled for adam, ademamix, lamb and lion, else added to the gradient.
+        weight_decay: decoupled for adam, ademamix, lamb, lion and schedule_free, else added to the gradient.
         step: number of this step, from 1.
         lr: learning rate.
         gnorm_scale: factor on the gradient.

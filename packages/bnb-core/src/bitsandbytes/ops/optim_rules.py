@@ -8,6 +8,11 @@ optimizers stands around it, in :func:`update`::
     s  = min(1, max_unorm * |p| / |u|)         (1 where max_unorm is 0 or p is zero)
     p  = p * (1 - lr * weight_decay) - lr * s * u      (the first factor where the decay is decoupled)
 
+A complete rule takes the parameter as well, and its ``u`` has the learning rate and the decay in it::
+
+    u, states = rule(g, p, states)
+    p  = p - s * u
+
 Arithmetic is in the dtype of the tensors given, float32 in the ops. Hyperparameters are numbers or
 tensors of one element; tensors let a captured graph read values that change between replays.
 """
@@ -102,17 +107,34 @@ def adagrad(g: torch.Tensor, states: States, h: Hyper) -> Direction:
     return g / (v.sqrt() + h.eps), (v,)
 
 
+def schedule_free(g: torch.Tensor, p: torch.Tensor, states: States, h: Hyper) -> Direction:
+    """Schedule-free AdamW (Defazio et al. 2024, arXiv:2405.15682), a complete rule.
+
+    The paper has three sequences: ``z`` takes the steps, ``x`` averages it with the weight ``c``, and gradients
+    are those at ``y = (1-beta1) z + beta1 x``. Here the parameter is ``y`` and the first state ``d = z - y``,
+    so that ``z = y + d`` and ``x = y + (1 - 1/beta1) d``. ``alpha`` is ``c``. The decay is that of ``y``.
+    """
+    d, v = states
+    v = v * h.beta2 + (1.0 - h.beta2) * g * g
+    u = g / (_root(v, h) + h.eps) + h.weight_decay * p
+    later = h.lr * h.beta1 * (1.0 - h.alpha)
+    return (h.lr - later) * u - h.alpha * d, ((1.0 - h.alpha) * d - later * u, v)
+
+
 @dataclass(frozen=True)
 class Rule:
     """An update rule and how its states and its weight decay are laid out."""
 
-    direction: Callable[[torch.Tensor, States, Hyper], Direction]
+    #: Takes gradient, states and hyperparameters; where it is complete, the parameter after the gradient.
+    direction: Callable[..., Direction]
     #: Number of states, 1 or 2.
     states: int
     #: The decay is added to the gradient (L2 penalty) instead of being taken from the parameter.
     coupled_decay: bool = False
     #: Averages stacked in the first state, as a leading dimension where there are several.
     slots: int = 1
+    #: The direction has the learning rate and the decay in it.
+    complete: bool = False
 
 
 RULES = {
@@ -126,6 +148,7 @@ RULES = {
     "sgd": Rule(sgd, states=1, coupled_decay=True),
     "rmsprop": Rule(rmsprop, states=1, coupled_decay=True),
     "adagrad": Rule(adagrad, states=1, coupled_decay=True),
+    "schedule_free": Rule(schedule_free, states=2, complete=True),
 }
 
 
@@ -152,7 +175,7 @@ def update(
     g = g * h.gnorm_scale
     if rule.coupled_decay and h.weight_decay > 0.0:
         g = g + h.weight_decay * p
-    u, states = rule.direction(g, states, h)
+    u, states = rule.direction(g, p, states, h) if rule.complete else rule.direction(g, states, h)
     active = given != 0 if h.skip_zeros else None
     if active is not None:
         u = torch.where(active, u, 0.0)
@@ -161,9 +184,9 @@ def update(
     if h.max_unorm > 0.0:
         unorm = torch.linalg.vector_norm(u)
         scale = clip_scale(unorm, torch.linalg.vector_norm(p) if param_norm is None else param_norm, h.max_unorm)
-    if not rule.coupled_decay and h.weight_decay > 0.0:
+    if not (rule.coupled_decay or rule.complete) and h.weight_decay > 0.0:
         p = p * (1.0 - h.lr * h.weight_decay)
-    p = p - (h.lr * scale) * u
+    p = p - (scale if rule.complete else h.lr * scale) * u
     if active is not None:
         p = torch.where(active, p, old[0])
         states = tuple(torch.where(active, new, before) for new, before in zip(states, old[1], strict=True))

@@ -20,6 +20,7 @@ from bitsandbytes.optim.lars import LARS, LARS8bit, LARS32bit, PytorchLARS
 from bitsandbytes.optim.lion import Lion, Lion8bit, Lion32bit, PagedLion, PagedLion8bit, PagedLion32bit
 from bitsandbytes.optim.optimizer import GlobalOptimManager
 from bitsandbytes.optim.rmsprop import RMSprop, RMSprop8bit, RMSprop32bit
+from bitsandbytes.optim.schedulefree import ScheduleFreeAdamW, ScheduleFreeAdamW8bit, ScheduleFreeAdamW32bit
 from bitsandbytes.optim.sgd import SGD, SGD8bit, SGD32bit
 
 __all__ = [
@@ -64,4 +65,7 @@ __all__ = [
     "RMSprop32bit",
     "SGD8bit",
     "SGD32bit",
+    "ScheduleFreeAdamW",
+    "ScheduleFreeAdamW8bit",
+    "ScheduleFreeAdamW32bit",
 ]

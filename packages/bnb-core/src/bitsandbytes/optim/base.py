@@ -169,6 +169,7 @@ class Optimizer8bit(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self.prepare_step()
         if type(self).update_step is not Optimizer8bit.update_step:
             # A subclass with a step of its own for a single parameter.
             self._step_one_by_one()
@@ -177,6 +178,9 @@ class Optimizer8bit(torch.optim.Optimizer):
             batch.run(gradients)
         self.initialized = True
         return loss
+
+    def prepare_step(self) -> None:
+        """Do what an optimizer does once per step, before the parameters are updated."""
 
     def update_step(self, group: dict[str, Any], p: torch.Tensor, gindex: int, pindex: int) -> None:
         """Update a single parameter, which must have a gradient and a state."""

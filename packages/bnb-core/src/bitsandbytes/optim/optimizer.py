@@ -19,7 +19,7 @@ class Optimizer2State(Optimizer8bit):
     """Base of optimizers with two states.
 
     Args:
-        optimizer_name: rule: adam, lamb, lamb_l2 or ademamix.
+        optimizer_name: rule: adam, lamb, lamb_l2, ademamix or schedule_free.
         params: parameters or parameter groups.
         lr: learning rate, a number or a tensor of one element.
         betas: decay rates of the averages; three for ademamix.

@@ -20,9 +20,9 @@ def beta3_at(step: float, beta1: float, beta3: float, t_beta3: int | None) -> fl
     return math.exp(log1 * log3 / ((1.0 - part) * log3 + part * log1))
 
 
-def alpha_on_device(step: torch.Tensor, alpha: float, t_alpha: int | None) -> torch.Tensor:
-    """:func:`alpha_at` for a tensor of step numbers, without a look at their values."""
-    return torch.full_like(step, alpha) if t_alpha is None else (step / t_alpha).clamp(max=1.0) * alpha
+def alpha_on_device(step: torch.Tensor, alpha: float | torch.Tensor, t_alpha: int | None) -> torch.Tensor:
+    """:func:`alpha_at` for a tensor of step numbers, without a look at their values or that of ``alpha``."""
+    return (torch.ones_like(step) if t_alpha is None else (step / t_alpha).clamp(max=1.0)) * alpha
 
 
 def beta3_on_device(step: torch.Tensor, beta1: float, beta3: float, t_beta3: int | None) -> torch.Tensor:

@@ -8,8 +8,9 @@
 //   u = rule(g, states)
 //   p = p * (1 - lr * weight_decay) - lr * s * u      (the first factor where the decay is decoupled)
 //
-// with s the factor that limits the norm of the update, see clip_scale. Every step is one float32
-// operation with its own rounding: compile without contraction, and all devices get the same bits.
+// with s the factor that limits the norm of the update, see clip_scale. A complete rule takes p as well, and
+// its u has the learning rate and the decay in it: p = p - s * u. Every step is one float32 operation
+// with its own rounding: compile without contraction, and all devices get the same bits.
 #pragma once
 
 #include <bnb/portable.h>
@@ -29,6 +30,7 @@ enum class Rule : int {
   kSgd = 7,
   kRmsprop = 8,
   kAdagrad = 9,
+  kScheduleFree = 10,
 };
 
 // The rule whose formula this one uses.
@@ -36,15 +38,19 @@ BNB_FN constexpr Rule formula_of(Rule rule) {
   return rule == Rule::kLamb || rule == Rule::kLambL2 ? Rule::kAdam : rule == Rule::kLars ? Rule::kMomentum : rule;
 }
 
+// Whether the direction has the learning rate and the weight decay in it.
+BNB_FN constexpr bool is_complete(Rule rule) { return rule == Rule::kScheduleFree; }
+
 // Whether the weight decay is added to the gradient instead of being taken from the parameter.
 BNB_FN constexpr bool has_coupled_decay(Rule rule) {
-  return !(formula_of(rule) == Rule::kAdam || rule == Rule::kAdemamix || rule == Rule::kLion) || rule == Rule::kLambL2;
+  const bool decoupled = formula_of(rule) == Rule::kAdam || rule == Rule::kAdemamix || rule == Rule::kLion;
+  return !(decoupled || is_complete(rule)) || rule == Rule::kLambL2;
 }
 
 // Values that a parameter's first and second state hold per element of the parameter.
 BNB_FN constexpr int first_values(Rule rule) { return rule == Rule::kAdemamix ? 2 : 1; }
 BNB_FN constexpr int second_values(Rule rule) {
-  return formula_of(rule) == Rule::kAdam || rule == Rule::kAdemamix ? 1 : 0;
+  return formula_of(rule) == Rule::kAdam || rule == Rule::kAdemamix || rule == Rule::kScheduleFree ? 1 : 0;
 }
 constexpr int kMostValues = 3;
 
@@ -56,18 +62,20 @@ struct RuleSettings {
 };
 
 // What the formulas use of them. `correction1` is 1 / (1 - beta1^step), `correction2` is
-// 1 / sqrt(1 - beta2^step): a factor instead of a quotient per element.
+// 1 / sqrt(1 - beta2^step): a factor instead of a quotient per element. `now` and `later` are the parts of the
+// learning rate in schedule_free.
 template <class V>
 struct RuleConstants {
   V beta1, beta2, beta3, rest1, rest2, rest3, correction1, correction2, alpha, eps;
-  V gnorm_scale, weight_decay, keep, rate;
+  V gnorm_scale, weight_decay, keep, rate, rest_alpha, now, later;
   bool first;    // the first step
   bool coupled;  // a weight decay is to be added to the gradient
 };
 
 // All arithmetic in double, rounded once. `clip` is the factor on the update, see clip_scale.
 BNB_FN RuleConstants<float> rule_constants(Rule rule, const RuleSettings& s, double clip) {
-  const bool coupled = has_coupled_decay(rule);
+  const bool coupled = has_coupled_decay(rule), complete = is_complete(rule);
+  const double later = s.lr * s.beta1 * (1.0 - s.alpha);
   RuleConstants<float> c;
   c.beta1 = static_cast<float>(s.beta1);
   c.beta2 = static_cast<float>(s.beta2);
@@ -81,8 +89,11 @@ BNB_FN RuleConstants<float> rule_constants(Rule rule, const RuleSettings& s, dou
   c.eps = static_cast<float>(s.eps);
   c.gnorm_scale = static_cast<float>(s.gnorm_scale);
   c.weight_decay = static_cast<float>(s.weight_decay);
-  c.keep = coupled ? 1.0f : static_cast<float>(1.0 - s.lr * s.weight_decay);
-  c.rate = static_cast<float>(s.lr * clip);
+  c.keep = coupled || complete ? 1.0f : static_cast<float>(1.0 - s.lr * s.weight_decay);
+  c.rate = static_cast<float>(complete ? clip : s.lr * clip);
+  c.rest_alpha = static_cast<float>(1.0 - s.alpha);
+  c.now = static_cast<float>(s.lr - later);
+  c.later = static_cast<float>(later);
   c.first = s.step == 1.0;
   c.coupled = coupled && s.weight_decay > 0.0;
   return c;
@@ -157,6 +168,18 @@ BNB_FN V adagrad(V g, V& v, const RuleConstants<V>& c) {
   return g / (sqrt(v) + c.eps);
 }
 
+// Schedule-free AdamW (Defazio et al. 2024, arXiv:2405.15682), a complete rule. Of the sequences z, x and
+// y = (1 - beta1) z + beta1 x the parameter holds y and the first state d = z - y; alpha is the weight of z in
+// the average x. The decay is that of y.
+template <class V>
+BNB_FN V schedule_free(V g, V p, V& d, V& v, const RuleConstants<V>& c) {
+  v = v * c.beta2 + c.rest2 * g * g;
+  const V u = g / (sqrt(v) * c.correction2 + c.eps) + c.weight_decay * p;
+  const V moved = c.now * u - c.alpha * d;
+  d = c.rest_alpha * d - c.later * u;
+  return moved;
+}
+
 // The direction of one element. `states` holds the values of the first state, then of the second.
 template <Rule kRule, class V>
 BNB_FN V direction(V gradient, V p, V* states, const RuleConstants<V>& c) {
@@ -176,6 +199,8 @@ BNB_FN V direction(V gradient, V p, V* states, const RuleConstants<V>& c) {
     return sgd(g, states[0], c);
   } else if constexpr (kRule == Rule::kRmsprop) {
     return rmsprop(g, states[0], c);
+  } else if constexpr (kRule == Rule::kScheduleFree) {
+    return schedule_free(g, p, states[0], states[1], c);
   } else {
     static_assert(kRule == Rule::kAdagrad, "a rule without a formula of its own: use formula_of");
     return adagrad(g, states[0], c);
