@@ -14,7 +14,16 @@ from optim_sharded_worker import make_optimizer, plain_model, train
 from bitsandbytes.ops.optim_storage import STATE_BLOCKSIZE, state_blocks
 from bitsandbytes.optim.sharded import flat_form, row_form
 
-NAMES = ("AdamW32bit", "AdamW8bit", "AdEMAMix8bit", "LAMB8bit", "Lion8bit")
+NAMES = (
+    "AdamW32bit",
+    "AdamW8bit",
+    "AdEMAMix8bit",
+    "LAMB8bit",
+    "Lion8bit",
+    "Muon32bit",
+    "Muon8bit",
+    "ScheduleFreeAdamW8bit",
+)
 
 pytestmark = [
     pytest.mark.slow,

@@ -21,7 +21,20 @@ def make(name: str, params: Any, **settings: Any) -> torch.optim.Optimizer:
     """The optimizer of that name, with what its constructor requires."""
     if name.startswith(("SGD", "LARS")):
         settings = {"lr": 0.01, "momentum": 0.9, **settings}
+    if name.startswith("Muon"):
+        params = groups_for_muon(list(params))
     return getattr(optim, name)(params, **settings)
+
+
+def groups_for_muon(params: list[Any]) -> list[dict[str, Any]]:
+    """Groups of matrices and of the rest, from parameters or groups."""
+    groups = params if isinstance(params[0], dict) else [{"params": params}]
+    parts = [
+        {**group, "params": [p for p in group["params"] if (p.dim() == 2) == matrices], "use_muon": matrices}
+        for group in groups
+        for matrices in (True, False)
+    ]
+    return [part for part in parts if part["params"]]
 
 
 def parameters(dtype: torch.dtype = torch.float32) -> list[torch.nn.Parameter]:

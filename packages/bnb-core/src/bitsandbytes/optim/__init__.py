@@ -18,6 +18,7 @@ from bitsandbytes.optim.ademamix import (
 from bitsandbytes.optim.lamb import LAMB, LAMB8bit, LAMB32bit
 from bitsandbytes.optim.lars import LARS, LARS8bit, LARS32bit, PytorchLARS
 from bitsandbytes.optim.lion import Lion, Lion8bit, Lion32bit, PagedLion, PagedLion8bit, PagedLion32bit
+from bitsandbytes.optim.muon import Muon, Muon8bit, Muon32bit
 from bitsandbytes.optim.optimizer import GlobalOptimManager
 from bitsandbytes.optim.rmsprop import RMSprop, RMSprop8bit, RMSprop32bit
 from bitsandbytes.optim.schedulefree import ScheduleFreeAdamW, ScheduleFreeAdamW8bit, ScheduleFreeAdamW32bit
@@ -47,6 +48,9 @@ __all__ = [
     "Lion",
     "Lion8bit",
     "Lion32bit",
+    "Muon",
+    "Muon8bit",
+    "Muon32bit",
     "PagedAdEMAMix",
     "PagedAdEMAMix8bit",
     "PagedAdEMAMix32bit",

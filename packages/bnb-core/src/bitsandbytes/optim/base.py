@@ -93,13 +93,21 @@ class Optimizer8bit(torch.optim.Optimizer):
         settings = {key: value for key, value in group.items() if key != "params"}
         return {**vars(self.args), **settings, **self._overrides.get(id(group["params"][pindex]), {})}
 
+    def rule_of(self, group: dict[str, Any]) -> str:
+        """Name of the update rule of a group, a key of :data:`bitsandbytes.ops.optim_rules.RULES`."""
+        return self.optimizer_name
+
+    def batch_type(self, group: dict[str, Any]) -> type[Batch]:
+        """What makes the steps of a group."""
+        return Batch
+
     # --- state ------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def init_state(self, group: dict[str, Any], p: torch.Tensor, gindex: int, pindex: int) -> None:
         """Make the state of one parameter."""
         config = self.get_config(gindex, pindex, group)
-        rule = RULES[self.optimizer_name]
+        rule = RULES[self.rule_of(group)]
         bits = check_bits(type(self).__name__, config["optim_bits"])
         shard = local(p)
         # The whole size of a sharded parameter counts, so that all processes have states of one kind.
@@ -265,7 +273,8 @@ class Optimizer8bit(torch.optim.Optimizer):
     def _batch_of(self, group: dict[str, Any], p: torch.Tensor, gindex: int, pindex: int) -> Batch:
         own = self.mng.of([p]).get(id(p), {})
         fixed = {key: value for key, value in vars(self.args).items() if key not in group}
-        return Batch(self.optimizer_name, group, {**fixed, **own}, p.device, p.dtype, sharded=is_sharded(p))
+        kind = self.batch_type(group)
+        return kind(self.rule_of(group), group, {**fixed, **own}, p.device, p.dtype, sharded=is_sharded(p))
 
     def _position(self, gindex: int, pindex: int) -> int:
         return sum(len(group["params"]) for group in self.param_groups[:gindex]) + pindex
@@ -306,13 +315,14 @@ class Optimizer8bit(torch.optim.Optimizer):
             loaded = loaded if replaced is None else dict(replaced)
         groups = [dict(group) for group in deepcopy([_light(group) for group in loaded["param_groups"]])]
         parameters = self._match(groups)
+        rules = {id(p): RULES[self.rule_of(group)] for group in self.param_groups for p in group["params"]}
         state: dict[Any, Any] = defaultdict(dict)
         for key, saved in loaded["state"].items():
             if key not in parameters:
                 state[key] = deepcopy(saved)
                 continue
             p, where = parameters[key], f"state of parameter {key}"
-            shard, rule = local(p), RULES[self.optimizer_name]
+            shard, rule = local(p), rules[id(p)]
             flat = statedict.flatten(saved) if isinstance(saved, Mapping) else {}
             flat = collect(flat, p, rule.slots)
             device = shard.device if move_to_device else None
