@@ -15,6 +15,7 @@ from bitsandbytes.optim.ademamix import (
     PagedAdEMAMix8bit,
     PagedAdEMAMix32bit,
 )
+from bitsandbytes.optim.came import CAME, CAME8bit, CAME32bit
 from bitsandbytes.optim.lamb import LAMB, LAMB8bit, LAMB32bit
 from bitsandbytes.optim.lars import LARS, LARS8bit, LARS32bit, PytorchLARS
 from bitsandbytes.optim.lion import Lion, Lion8bit, Lion32bit, PagedLion, PagedLion8bit, PagedLion32bit
@@ -25,6 +26,7 @@ from bitsandbytes.optim.schedulefree import ScheduleFreeAdamW, ScheduleFreeAdamW
 from bitsandbytes.optim.sgd import SGD, SGD8bit, SGD32bit
 
 __all__ = [
+    "CAME",
     "LAMB",
     "LARS",
     "SGD",
@@ -40,6 +42,8 @@ __all__ = [
     "AdamW",
     "AdamW8bit",
     "AdamW32bit",
+    "CAME8bit",
+    "CAME32bit",
     "GlobalOptimManager",
     "LAMB8bit",
     "LAMB32bit",

@@ -332,11 +332,16 @@ class Optimizer8bit(torch.optim.Optimizer):
                 else:
                     flat[name] = _copied(value, device)
             state[p] = statedict.modernize(flat, rule, shard.numel(), where)
+            if state[p]:
+                self.check_loaded(state[p], p, where)
         for group, own in zip(groups, self.param_groups, strict=True):
             group["params"] = own["params"]
         self.__setstate__({"state": state, "param_groups": groups})
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
+
+    def check_loaded(self, state: Mapping[str, Any], p: torch.Tensor, where: str) -> None:
+        """Raise CheckpointError for a loaded state that lacks what an optimizer keeps beside the usual."""
 
     def _match(self, groups: list[dict[str, Any]]) -> dict[Any, torch.Tensor]:
         """Parameters by the key that saved groups give them."""

@@ -16,6 +16,9 @@ from bitsandbytes.optim import sharded
 #: tensors that it finds beside ``step`` as if they had the parameter's shape; it leaves a dict alone.
 QUANT_STATE_KEY = "__bnb_optimizer_quant_state__"
 
+#: Keys of float32 averages that CAME keeps beside its momentum.
+FACTOR_KEYS = ("square", "square_row", "square_col", "instability_row", "instability_col")
+
 #: Keys of tensors in a state, which are never cast to the dtype of the parameter.
 TENSOR_KEYS = frozenset(
     {
@@ -31,6 +34,7 @@ TENSOR_KEYS = frozenset(
         "absmax1",
         "absmax2",
         "unorm_vec",
+        *FACTOR_KEYS,
         *sharded.ROW_KEYS,
         sharded.OFFSET_KEY,
     }
