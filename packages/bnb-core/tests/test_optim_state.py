@@ -231,11 +231,13 @@ def test_state_of_another_number_of_bits_stays_as_it_was_saved() -> None:
     assert full.state[others[0]]["state1"].dtype == torch.uint8
 
 
-@pytest.mark.parametrize("name", ["Adam8bit", "PagedLion32bit", "AdEMAMix8bit", "LARS"])
+@pytest.mark.parametrize(
+    "name", ["Adam8bit", "PagedLion32bit", "AdEMAMix8bit", "LARS", "ScheduleFreeAdamW8bit", "Muon8bit", "CAME8bit"]
+)
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda optimizer: pickle.loads(pickle.dumps(optimizer))])
 def test_copies_go_on_like_the_original(name: str, copied: Any) -> None:
-    params = parameters()
-    optimizer = make(name, params)
+    optimizer = make(name, parameters())
+    params = [p for group in optimizer.param_groups for p in group["params"]]
     train(optimizer, params, range(3))
     twin = copied(optimizer)
     twins = [p for group in twin.param_groups for p in group["params"]]
