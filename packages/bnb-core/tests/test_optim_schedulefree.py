@@ -154,7 +154,7 @@ def test_counters_on_the_device(decay: float) -> None:
     train(second, plain, range(9, 12))
     assert group["weight_sum"] is sum_of_weights, "a captured graph would not see it"
     saved, wanted = (optimizer.state_dict()["param_groups"][0] for optimizer in (first, second))
-    for key in ("k", "weight_sum", "lr_max", "alpha", "lr_scale"):
+    for key in ("k", "weight_sum", "lr_max", "alpha", "lr_warmup"):
         assert type(saved[key]) is type(wanted[key])
         assert saved[key] == pytest.approx(wanted[key], rel=1e-12)
     for optimizer in (first, second):
@@ -259,3 +259,14 @@ def test_averages_of_8_bit_states_are_as_good_after_many_steps() -> None:
 def test_refused_arguments(settings: dict[str, Any], text: str) -> None:
     with pytest.raises(ValueError, match=text):
         optim.ScheduleFreeAdamW(parameters(), **settings)
+
+
+@pytest.mark.parametrize("name", ["AdamW8bit", "ScheduleFreeAdamW8bit"])
+def test_keys_that_schedulers_put_into_groups_have_no_effect(name: str) -> None:
+    """A layer-wise decay of the learning rate is kept there by others, who have applied it to ``lr``."""
+    params, others = parameters(), parameters()
+    optimizer = getattr(optim, name)([{"params": params, "lr_scale": 0.5}])
+    other = getattr(optim, name)(others)
+    train(optimizer, params, range(2))
+    train(other, others, range(2))
+    assert all(torch.equal(p, q) for p, q in zip(params, others, strict=True))

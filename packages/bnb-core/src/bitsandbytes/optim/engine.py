@@ -222,7 +222,7 @@ class Batch:
         beta1, beta2 = betas[0], betas[1] if len(betas) > 1 else 0.0
         beta3, alpha = betas[2] if len(betas) > 2 else 0.0, self.setting("alpha", 0.0)
         t_alpha, t_beta3 = self.setting("t_alpha"), self.setting("t_beta3")
-        lr = self.setting("lr") * self.setting("lr_scale", 1.0)
+        lr = self.setting("lr") * self.setting("lr_warmup", 1.0)
         steps: list[int] = []
         schedule = None
         if self.counter is not None:

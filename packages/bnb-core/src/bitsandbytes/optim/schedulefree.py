@@ -14,7 +14,7 @@ from bitsandbytes.optim.sharded import local
 from bitsandbytes.optim.variants import Storage, reduced
 
 #: What a group keeps from step to step, and what its next step needs: numbers, or tensors on the device.
-COUNTERS = ("k", "weight_sum", "lr_max", "alpha", "lr_scale")
+COUNTERS = ("k", "weight_sum", "lr_max", "alpha", "lr_warmup")
 
 
 class ScheduleFreeAdamWFamily(Storage, Optimizer2State):
@@ -72,7 +72,7 @@ class ScheduleFreeAdamWFamily(Storage, Optimizer2State):
         if self.defaults["betas"][0] == 0.0:
             raise ArgumentError(f"{owner}: betas is {self.defaults['betas']}, the first must be above 0")
         # Among the defaults from now on, for groups that are added later.
-        start = {**given, "k": 0, "weight_sum": 0.0, "lr_max": 0.0, "lr_scale": 1.0, "train_mode": True}
+        start = {**given, "k": 0, "weight_sum": 0.0, "lr_max": 0.0, "lr_warmup": 1.0, "train_mode": True}
         for settings in (self.defaults, *self.param_groups):
             for name, value in start.items():
                 settings.setdefault(name, value)
@@ -129,8 +129,8 @@ def _advance(group: dict[str, Any]) -> None:
     """Count a step of a group on the host."""
     _read_counters(group)
     group["k"] += 1
-    group["lr_scale"] = min(group["k"] / max(group["warmup_steps"], 1), 1.0)
-    group["lr_max"] = max(group["lr_max"], float(group["lr"]) * group["lr_scale"])
+    group["lr_warmup"] = min(group["k"] / max(group["warmup_steps"], 1), 1.0)
+    group["lr_max"] = max(group["lr_max"], float(group["lr"]) * group["lr_warmup"])
     weight = group["k"] ** group["r"] * group["lr_max"] ** group["weight_lr_power"]
     group["weight_sum"] += weight
     group["alpha"] = weight / group["weight_sum"] if group["weight_sum"] > 0.0 else 0.0
@@ -143,9 +143,9 @@ def _advance_on_device(group: dict[str, Any], device: torch.device) -> None:
         if not isinstance(group[key], torch.Tensor):
             group[key] = torch.tensor(float(group[key]), dtype=dtype, device=device)
     group["k"] += 1
-    group["lr_scale"] = (group["k"] / max(group["warmup_steps"], 1)).clamp(max=1.0)
+    group["lr_warmup"] = (group["k"] / max(group["warmup_steps"], 1)).clamp(max=1.0)
     lr_max, weight_sum = group["lr_max"], group["weight_sum"]
-    lr_max.copy_(torch.maximum(lr_max, group["lr_scale"] * group["lr"]))
+    lr_max.copy_(torch.maximum(lr_max, group["lr_warmup"] * group["lr"]))
     weight = group["k"] ** group["r"] * lr_max ** group["weight_lr_power"]
     weight_sum += weight
     group["alpha"] = torch.where(weight_sum > 0.0, weight / weight_sum, 0.0)
