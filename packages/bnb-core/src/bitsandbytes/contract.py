@@ -195,19 +195,20 @@ def _reference_entry(op: Op) -> Callable[..., Any]:
 
     @functools.wraps(op.reference)
     def entry(*args: Any, **kwargs: Any) -> Any:
-        if _reference_notice is not None and _reference_notice(_device_of(op, args)):
+        device = _device_of(op, args)
+        if device is not None and _reference_notice is not None and _reference_notice(device):
             return op.overload(*args, **kwargs)
         return op.checked_reference(*args, **kwargs)
 
     return entry
 
 
-def _device_of(op: Op, args: tuple[Any, ...]) -> str:
-    """Device type of the first tensor of a call; of an empty list of tensors, the CPU."""
+def _device_of(op: Op, args: tuple[Any, ...]) -> str | None:
+    """Device type of the first tensor of a call; an empty list of tensors has none."""
     argument = args[_first_tensor_index(op)]
     if isinstance(argument, torch.Tensor):
         return argument.device.type
-    return argument[0].device.type if argument else "cpu"
+    return argument[0].device.type if argument else None
 
 
 @functools.cache

@@ -4,10 +4,25 @@ Arguments are positional. Pointers are addresses of contiguous memory (``Tensor.
 is 0 for float32, 1 for float16, 2 for bfloat16; ``quant_type`` is 0 for NF4, 1 for FP4.
 """
 
+from typing import Any
+
 def isa() -> str: ...
 def supported_isas() -> list[str]: ...
 def set_isa(name: str, /) -> None: ...
 def advise_huge_pages(data: int, bytes: int, /) -> None: ...
+def read_tensors(
+    exchange: object,
+    types: tuple[type, ...],
+    lists: tuple[list[Any], ...],
+    states: list[dict[str, Any]],
+    keys: tuple[str | None, ...],
+    shared: tuple[str, ...],
+    count: int,
+    record: bool,
+    kinds: int,
+    table: int,
+    /,
+) -> int: ...
 def quantize_4bit(
     x: int, dtype: int, count: int, blocksize: int, quant_type: int, packed: int, absmax: int, threads: int, /
 ) -> None: ...

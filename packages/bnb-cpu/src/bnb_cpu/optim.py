@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, get_num_threads
 
+from bitsandbytes.backends.bound import OTHER, TensorTable
 from bitsandbytes.backends.description import Kernel
 from bitsandbytes.ops.optim_rules import RULES
 from bnb_cpu.arguments import DTYPES, address
@@ -244,10 +246,63 @@ def optimizer_step_8bit(
     )
 
 
+class PreparedStep:
+    """Steps of the same parameters; of the table only the addresses that are new are written."""
+
+    def __init__(self, optimizer_name: str, p: list[Tensor], table: TensorTable, eight: bool):
+        self._rule, self._params, self._table, self._eight = RULE_NUMBERS[optimizer_name], p, table, eight
+        table.numbers[: table.count] = table.elements()
+        self._two = RULES[optimizer_name].states == 2
+
+    def prepare(self, gradients: list[Tensor]) -> bool:
+        """See :class:`bitsandbytes.backends.bound.BoundStep`."""
+        return self._table.refresh(gradients) != OTHER
+
+    def run(
+        self,
+        step: Sequence[int],
+        lr: float,
+        beta1: float,
+        beta2: float,
+        beta3: float,
+        alpha: float,
+        eps: float,
+        weight_decay: float,
+        gnorm_scale: float,
+        max_unorm: float,
+        skip_zeros: bool,
+        rounding_seed: Sequence[int],
+        schedule: Tensor | None,
+    ) -> None:
+        """See :class:`bitsandbytes.backends.bound.BoundStep`."""
+        steps, seeds, schedule = array("q", step), _seeds_of(rounding_seed), _contiguous_schedule(schedule)
+        tensors = (self._rule, self._table.count, self._table.column(0), DTYPES[self._params[0].dtype])
+        moving = (_start(steps), address(schedule), _start(seeds))
+        fixed = (lr, beta1, beta2, beta3, alpha, eps, weight_decay, gnorm_scale, max_unorm)
+        if self._eight:
+            state = self._table.states[0]
+            maps = (state["qmap1"].data_ptr(), address(state["qmap2"]) if self._two else 0)
+            _C.optimizer_step_8bit(*tensors, *maps, *moving, *fixed, skip_zeros, get_num_threads())
+        else:
+            _C.optimizer_step_32bit(*tensors, *moving, *fixed, 0, 0, skip_zeros, get_num_threads())
+
+
+def prepare_step(
+    optimizer_name: str, g: list[Tensor], p: list[Tensor], states: list[dict[str, Any]]
+) -> PreparedStep | None:
+    """The step of these parameters prepared for repetition; ``None`` where their addresses cannot be read at once."""
+    eight = states[0]["state1"].dtype == torch.uint8
+    numbers = ("1", "2")[: RULES[optimizer_name].states]
+    keys = tuple(name + number for number in numbers for name in (("state", "absmax") if eight else ("state",)))
+    shared = tuple("qmap" + number for number in numbers) if eight else ()
+    table = TensorTable(_C.read_tensors, p, states, keys, shared, leading=1, gradients_first=True)
+    return PreparedStep(optimizer_name, p, table, eight) if table.record(g) else None
+
+
 #: What the backend serves, by op; part of :data:`bnb_cpu.ops.KERNELS`.
 OPTIM_KERNELS = (
     Kernel("optimizer_update_32bit", optimizer_update_32bit),
     Kernel("optimizer_update_8bit_blockwise", optimizer_update_8bit_blockwise),
-    Kernel("optimizer_step_32bit", optimizer_step_32bit),
-    Kernel("optimizer_step_8bit", optimizer_step_8bit),
+    Kernel("optimizer_step_32bit", optimizer_step_32bit, bind=prepare_step),
+    Kernel("optimizer_step_8bit", optimizer_step_8bit, bind=prepare_step),
 )

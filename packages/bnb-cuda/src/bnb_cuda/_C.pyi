@@ -1,5 +1,7 @@
 """The native module. Addresses are integers, 0 for none; sizes count elements."""
 
+from typing import Any
+
 OPTIMIZER_COLUMNS: int
 
 def processors(device: int, /) -> int: ...
@@ -161,6 +163,19 @@ def int8_gemm(
     dtype: int,
     /,
 ) -> None: ...
+def read_tensors(
+    exchange: object,
+    types: tuple[type, ...],
+    lists: tuple[list[Any], ...],
+    states: list[dict[str, Any]],
+    keys: tuple[str | None, ...],
+    shared: tuple[str, ...],
+    count: int,
+    record: bool,
+    kinds: int,
+    table: int,
+    /,
+) -> int: ...
 def optimizer_units(elements: int, first: int, tensors: int, /) -> int: ...
 def optimizer_workspace(tensors: int, units: int, max_unorm: float, scheduled: bool, /) -> int: ...
 def optimizer_step(

@@ -17,7 +17,7 @@ from bnb_cuda import _C
 from bnb_cuda.arguments import DTYPES, QUANT_TYPES, address, is_plain, plain, plain_or_none, stream_of
 from bnb_cuda.int8 import INT8_KERNELS
 from bnb_cuda.matmul import MATMUL_KERNELS
-from bnb_cuda.optim import OPTIM_KERNELS
+from bnb_cuda.optim_prepared import OPTIM_KERNELS
 
 
 def quantize_4bit(A: Tensor, blocksize: int, quant_type: str, quant_storage: torch.dtype) -> tuple[Tensor, Tensor]:

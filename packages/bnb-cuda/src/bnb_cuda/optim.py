@@ -14,7 +14,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, empty
 
-from bitsandbytes.backends.description import Kernel
 from bitsandbytes.ops.optim_rules import RULES
 from bnb_cuda import _C
 from bnb_cuda.arguments import DTYPES, address, stream_of
@@ -22,7 +21,8 @@ from bnb_cuda.arguments import DTYPES, address, stream_of
 #: Numbers of ``bnb::Rule``.
 RULE_NUMBERS = {name: number for number, name in enumerate(RULES)}
 
-_MASK32 = 0xFFFFFFFF
+#: Seeds of stochastic rounding are of 32 bits.
+MASK32 = 0xFFFFFFFF
 
 #: Tables that are kept; a model has a few batches of parameters, each with one.
 MOST_TABLES = 64
@@ -60,7 +60,7 @@ def table_of(
         numbers.extend(map(Tensor.data_ptr, tensors) if tensors else absent)
     numbers.extend(map(Tensor.numel, p))
     numbers.extend(absent)
-    numbers.extend((seed & _MASK32 for seed in rounding_seed) if rounding_seed else (-1,) * count)
+    numbers.extend((seed & MASK32 for seed in rounding_seed) if rounding_seed else (-1,) * count)
     key = (device, numbers.tobytes())
     capturing = torch.cuda.is_current_stream_capturing()
     found = _captured.get(key) or _tables.get(key)
@@ -269,18 +269,12 @@ def optimizer_step_8bit(
     two = RULES[optimizer_name].states == 2
     device = p[0].device.index
     table = table_of(device, g, p, state1, state2 if two else (), absmax1, absmax2 if two else (), rounding_seed)
-    if schedule is not None:
-        schedule = schedule.contiguous()
-    needed = _C.optimizer_workspace(len(p), table.units, max_unorm, schedule is not None)
-    workspace = empty(needed, dtype=torch.uint8, device=p[0].device) if needed else None
-    _C.optimizer_step(
-        device,
-        stream_of(device),
-        table.on_device.data_ptr(),
+    launch(
+        p[0],
+        table.on_device,
         len(p),
         table.units,
-        RULE_NUMBERS[optimizer_name],
-        DTYPES[p[0].dtype],
+        optimizer_name,
         lr,
         beta1,
         beta2,
@@ -292,8 +286,60 @@ def optimizer_step_8bit(
         step[0] if step else 0,
         max_unorm,
         skip_zeros,
+        qmap1,
+        qmap2 if two else None,
+        schedule,
+    )
+
+
+def launch(
+    example: Tensor,
+    table: Tensor,
+    count: int,
+    units: int,
+    optimizer_name: str,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    beta3: float,
+    alpha: float,
+    eps: float,
+    weight_decay: float,
+    gnorm_scale: float,
+    step: int,
+    max_unorm: float,
+    skip_zeros: bool,
+    qmap1: Tensor | None,
+    qmap2: Tensor | None,
+    schedule: Tensor | None,
+) -> None:
+    """Launch the step of the tensors in a table on the device; all are like ``example`` in dtype and device."""
+    device = example.device.index
+    if schedule is not None:
+        schedule = schedule.contiguous()
+    needed = _C.optimizer_workspace(count, units, max_unorm, schedule is not None)
+    workspace = empty(needed, dtype=torch.uint8, device=example.device) if needed else None
+    _C.optimizer_step(
+        device,
+        stream_of(device),
+        table.data_ptr(),
+        count,
+        units,
+        RULE_NUMBERS[optimizer_name],
+        DTYPES[example.dtype],
+        lr,
+        beta1,
+        beta2,
+        beta3,
+        alpha,
+        eps,
+        weight_decay,
+        gnorm_scale,
+        step,
+        max_unorm,
+        skip_zeros,
         address(qmap1),
-        address(qmap2) if two else 0,
+        address(qmap2),
         address(schedule),
         schedule is not None and schedule.dtype == torch.float64,
         address(workspace),
@@ -314,12 +360,3 @@ def _by_step_number(arguments: dict[str, object]) -> None:
             values: Sequence[object] = arguments[name]  # type: ignore[assignment]
             part[name] = [values[index] for index in chosen] if values else ()
         optimizer_step_8bit(**part)  # type: ignore[arg-type]
-
-
-#: What this module serves, by op.
-OPTIM_KERNELS = (
-    Kernel("optimizer_update_32bit", optimizer_update_32bit, has_no_limit),
-    Kernel("optimizer_update_8bit_blockwise", optimizer_update_8bit_blockwise),
-    Kernel("optimizer_step_32bit", optimizer_step_32bit),
-    Kernel("optimizer_step_8bit", optimizer_step_8bit),
-)

@@ -103,13 +103,18 @@ class Registry:
         Raises:
             ArgumentError: the arguments break the contract.
         """
-        if (op, first.device.type) not in self._entries:
-            return None
-        kernel = next(iter(self._kernels(OPS[op], first.device.type)), None)
-        if kernel is None or kernel.bind is None or kernel.accepts is not None:
+        binder = self.binder(op, first.device.type)
+        if binder is None:
             return None
         OPS[op].check(first, *frozen)
-        return kernel.bind(*frozen)
+        return binder(*frozen)
+
+    def binder(self, op: str, device: str) -> Callable[..., Any] | None:
+        """:attr:`Kernel.bind` of the kernel that serves every call of an op on a device type, if it has one."""
+        if (op, device) not in self._entries:
+            return None
+        kernel = next(iter(self._kernels(OPS[op], device)), None)
+        return None if kernel is None or kernel.accepts is not None else kernel.bind
 
     def verify(self) -> None:
         """Probe and load every backend now, so that every problem is reported now.

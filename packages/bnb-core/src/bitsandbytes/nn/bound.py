@@ -12,23 +12,13 @@ from typing import Any
 
 import torch
 
+from bitsandbytes.backends.bound import is_intercepted
 from bitsandbytes.backends.registry import REGISTRY
 
 _without_subclass = torch._C.DisableTorchFunctionSubclass
 
 #: A layer that has been bound this often without use of it changes too much to be worth it.
 MOST_ATTEMPTS = 16
-
-
-def is_intercepted() -> bool:
-    """Whether something looks on at calls of ops: a mode, a transform, a trace or the profiler."""
-    return bool(
-        torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch._C._get_tracing_state() is not None
-        or torch._C._autograd._profiler_enabled()
-    )
 
 
 def pointer(tensor: torch.Tensor) -> int:

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 from bitsandbytes.autograd.fourbit import frozen_arguments, linear_4bit
+from bitsandbytes.backends.bound import is_intercepted
 from bitsandbytes.errors import ArgumentError
-from bitsandbytes.nn.bound import bound_of, is_intercepted
+from bitsandbytes.nn.bound import bound_of
 from bitsandbytes.nn.params4bit import Params4bit
 from bitsandbytes.nn.storage4bit import Storage4bit, fix_4bit_weight_quant_state_from_module
 from bitsandbytes.ops.common import NESTED_BLOCKSIZE

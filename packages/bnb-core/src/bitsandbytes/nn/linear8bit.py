@@ -8,7 +8,8 @@ import torch
 
 from bitsandbytes.autograd.int8 import FLOAT_TRAINING_DEVICES, matmul
 from bitsandbytes.autograd.lt_state import MatmulLtState
-from bitsandbytes.nn.bound import bound_of, is_intercepted
+from bitsandbytes.backends.bound import is_intercepted
+from bitsandbytes.nn.bound import bound_of
 from bitsandbytes.nn.int8_params import Int8Params
 from bitsandbytes.nn.storage8bit import Storage8bit
 

@@ -254,7 +254,9 @@ class Optimizer8bit(torch.optim.Optimizer):
                 key: tuple[Any, ...] = (gindex, p.device, p.dtype, kind, repr(sorted(own.items())) if own else None)
                 if is_sharded(p):
                     key = (*key, p.device_mesh, tuple(p.placements))
-                if any(self._setting(group, own, name) is not None for name in ("t_alpha", "t_beta3")):
+                scheduled = any(self._setting(group, own, name) is not None for name in ("t_alpha", "t_beta3"))
+                # One number of the step serves a batch; on the device each parameter has its own.
+                if scheduled or not isinstance(state["step"], torch.Tensor):
                     key = (*key, int(state["step"]))
                 if key not in batches:
                     batches[key] = self._batch_of(group, p, gindex, pindex)

@@ -13,6 +13,7 @@ from bitsandbytes import paging
 from bitsandbytes.contract import OPS
 from bitsandbytes.ops.common import FLOAT_DTYPES
 from bitsandbytes.ops.optim_rules import RULES, Hyper
+from bitsandbytes.optim.bound import BoundBatch
 from bitsandbytes.optim.schedules import alpha_at, alpha_on_device, beta3_at, beta3_on_device
 from bitsandbytes.optim.sharded import clip_scales, local
 
@@ -80,6 +81,12 @@ class Batch:
     paged: bool = False
     #: Step numbers on the device, where the step must not be read by the host.
     counter: torch.Tensor | None = None
+    #: The step prepared for repetition, where that is possible.
+    bound: BoundBatch = field(default_factory=BoundBatch)
+    #: Whether :attr:`bound` has been prepared for the gradients that were read last.
+    prepared: bool = False
+    #: Whether a step has been made: the first of several is not worth being prepared for.
+    repeated: bool = False
 
     def setting(self, key: str, default: Any = None) -> Any:
         """A setting of these parameters."""
@@ -89,24 +96,35 @@ class Batch:
         """Gradients by parameter, ``None`` when one is missing or a parameter has changed its place."""
         gradients: list[Any] = [parameter.grad for parameter in self.params]
         # Thousands of parameters are usual: sets are built in C, loops would not be.
-        if (
-            type(None) in set(map(type, gradients))
-            or set(map(_DTYPE, self.params)) != {self.dtype}
+        if type(None) in set(map(type, gradients)):
+            return None
+        self.prepared = self.bound.takes(gradients)
+        if not self.prepared and (
+            set(map(_DTYPE, self.params)) != {self.dtype}
             or set(map(_DEVICE, self.params)) != {self.device}
+            or not self._shares_codebooks()
         ):
             return None
         return gradients
 
+    def _shares_codebooks(self) -> bool:
+        return all(len({id(state.get(key)) for state in self.states}) == 1 for key in ("qmap1", "qmap2"))
+
     def run(self, gradients: list[torch.Tensor]) -> None:
         """Make one step of all parameters."""
-        self.count_step()
-        if self.paged:
+        uniform = self.count_step()
+        prepared, self.prepared = self.prepared and uniform, False
+        if prepared:
+            numbers = self._numbers(self.states, range(len(self.params)))
+            self.bound.run(self._op(self.states[0]), self.params, self.states[0], numbers)
+        elif self.paged:
             self._run_in_portions(gradients)
         else:
             self._call(gradients, range(len(self.params)))
+        self.repeated = True
 
-    def count_step(self) -> None:
-        """Count the step that is about to be made."""
+    def count_step(self) -> bool:
+        """Count the step that is about to be made; says whether one number of the step serves all parameters."""
         if self._on_device():
             if self.counter is None:
                 dtype = torch.float32 if self.device.type == "mps" else torch.float64
@@ -115,10 +133,17 @@ class Batch:
                 for index, state in enumerate(self.states):
                     state["step"] = self.counter[index]
             self.counter += 1
-            return
+            return True
         self.counter = None
+        counts = [state["step"] for state in self.states]
+        if set(map(type, counts)) != {int} or len(set(counts)) > 1:
+            for state in self.states:
+                state["step"] = int(state["step"]) + 1
+            return len({state["step"] for state in self.states}) == 1
+        number = counts[0] + 1
         for state in self.states:
-            state["step"] = int(state["step"]) + 1
+            state["step"] = number
+        return True
 
     def _on_device(self) -> bool:
         lr = self.setting("lr")
@@ -156,7 +181,7 @@ class Batch:
             params, grads, copies = self._made_plain(params, grads)
         states = self.states if whole else [self.states[i] for i in portion]
         eight, two = states[0]["state1"].dtype == torch.uint8, RULES[self.rule].states == 2
-        op = OPS["optimizer_step_8bit" if eight else "optimizer_step_32bit"]
+        op = OPS[self._op(states[0])]
         # The ops take the usual dtypes; float64 parameters, a rarity, are served by the reference.
         call = op.overload if self.dtype in FLOAT_DTYPES else op.reference
         numbers = self._numbers(states, portion)
@@ -165,6 +190,12 @@ class Batch:
         call(self.rule, grads, params, *_stored(states, eight, two), *numbers)
         for parameter, copy in copies:
             parameter.copy_(copy)
+        if self.repeated and not (self.paged or self.sharded or copies or self.dtype not in FLOAT_DTYPES):
+            self.bound.bind(op.name, self.rule, grads, params, states)
+
+    @staticmethod
+    def _op(state: State) -> str:
+        return "optimizer_step_8bit" if state["state1"].dtype == torch.uint8 else "optimizer_step_32bit"
 
     def _are_plain(self, params: list[torch.Tensor], grads: list[torch.Tensor]) -> bool:
         """Whether the op can take these as they are."""
