@@ -87,6 +87,8 @@ class Batch:
     prepared: bool = False
     #: Whether a step has been made: the first of several is not worth being prepared for.
     repeated: bool = False
+    #: Whether numbers of steps have come apart, so that the parameters had better be divided anew.
+    mixed: bool = False
 
     def setting(self, key: str, default: Any = None) -> Any:
         """A setting of these parameters."""
@@ -96,7 +98,7 @@ class Batch:
         """Gradients by parameter, ``None`` when one is missing or a parameter has changed its place."""
         gradients: list[Any] = [parameter.grad for parameter in self.params]
         # Thousands of parameters are usual: sets are built in C, loops would not be.
-        if type(None) in set(map(type, gradients)):
+        if self.mixed or type(None) in set(map(type, gradients)):
             return None
         self.prepared = self.bound.takes(gradients)
         if not self.prepared and (
@@ -113,7 +115,7 @@ class Batch:
     def run(self, gradients: list[torch.Tensor]) -> None:
         """Make one step of all parameters."""
         uniform = self.count_step()
-        prepared, self.prepared = self.prepared and uniform, False
+        prepared, self.prepared, self.mixed = self.prepared and uniform, False, not uniform
         if prepared:
             numbers = self._numbers(self.states, range(len(self.params)))
             self.bound.run(self._op(self.states[0]), self.params, self.states[0], numbers)
