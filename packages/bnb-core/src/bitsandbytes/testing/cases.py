@@ -17,6 +17,7 @@ def all_cases() -> list[Case]:
             quant_cases.blockwise_cases(),
             quant_cases.int8_quant_cases(),
             matmul_cases.fourbit_matmul_cases(),
+            matmul_cases.fourbit_block_cases(),
             matmul_cases.int8_matmul_cases(),
             optim_cases.update_cases(),
             optim_cases.step_cases(),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 
@@ -14,7 +15,11 @@ from bitsandbytes.ops.fourbit import decode_4bit, expand_absmax
 from bitsandbytes.testing.case import Arguments, Case, name_of, values
 from bitsandbytes.testing.tolerances import MATMUL, SCALED_INTEGER
 
+#: Block sizes of weights; at 32, blocks and rows of most shapes meet, at 4096 one block spans rows.
+BLOCKSIZES = (64, 256, 4096)
 MATMUL_SHAPES = ((1, 64, 64), (1, 100, 130), (3, 48, 256), (17, 33, 96), (70, 128, 320), (0, 16, 64), (2, 1, 2))
+#: Of int8 weights, which need not fill pairs.
+ODD_SHAPE = (5, 33, 67)
 CPU = torch.device("cpu")
 
 
@@ -70,16 +75,68 @@ def fourbit_matmul_cases() -> Iterator[Case]:
                 return A, packed, shape, absmax, code, blocksize
 
             yield Case("gemv_4bit", label, make_gemv, MATMUL[dtype], truth_gemv_4bit)
-        if rows:
 
-            def make_embedding(
-                generator: torch.Generator, make: Callable[..., Arguments] = make, dtype: torch.dtype = dtype
-            ) -> Arguments:
-                A, packed, shape, absmax, blocksize, quant_type, _bias, *statistics = make(generator, False)
-                indices = torch.randint(0, shape[0], (A.shape[0], 3), generator=generator)
-                return indices, packed, shape, absmax, blocksize, quant_type, dtype, *statistics
+        def make_embedding(
+            generator: torch.Generator, make: Callable[..., Arguments] = make, dtype: torch.dtype = dtype
+        ) -> Arguments:
+            A, packed, shape, absmax, blocksize, quant_type, _bias, *statistics = make(generator, False)
+            indices = torch.randint(0, shape[0], (A.shape[0], 3), generator=generator)
+            return indices, packed, shape, absmax, blocksize, quant_type, dtype, *statistics
 
-            yield Case("embedding_4bit", label, make_embedding)
+        yield Case("embedding_4bit", label, make_embedding)
+
+
+def fourbit_block_cases() -> Iterator[Case]:
+    """The same with other block sizes, with more than one leading dimension, and with a bias of another dtype."""
+    for blocksize, dtype, nested in itertools.product(BLOCKSIZES, FLOAT_DTYPES, (False, True)):
+
+        def make(
+            generator: torch.Generator,
+            features: int,
+            leading: tuple[int, ...] = (2, 3),
+            blocksize: int = blocksize,
+            dtype: torch.dtype = dtype,
+            nested: bool = nested,
+        ) -> tuple[torch.Tensor, torch.Tensor, tuple[int, int], torch.Tensor, tuple[torch.Tensor | None, ...]]:
+            shape = (48, 130)
+            packed, absmax, statistics = quantized_weight(shape, blocksize, "nf4", nested, generator)
+            return values("normal", (*leading, shape[features]), dtype, generator), packed, shape, absmax, statistics
+
+        def make_forward(
+            generator: torch.Generator, make: Callable[..., Any] = make, blocksize: int = blocksize
+        ) -> Arguments:
+            A, packed, shape, absmax, statistics = make(generator, 1)
+            bias = torch.randn(shape[0], generator=generator)
+            return A, packed, shape, absmax, blocksize, "nf4", bias, *statistics
+
+        def make_backward(
+            generator: torch.Generator, make: Callable[..., Any] = make, blocksize: int = blocksize
+        ) -> Arguments:
+            A, packed, shape, absmax, statistics = make(generator, 0)
+            return A, packed, shape, absmax, blocksize, "nf4", *statistics
+
+        def make_row(
+            generator: torch.Generator, make: Callable[..., Any] = make, blocksize: int = blocksize
+        ) -> Arguments:
+            A, packed, shape, absmax, _statistics = make(generator, 1, (1, 1))
+            return A, packed, shape, absmax, code_4bit("nf4", CPU), blocksize
+
+        def make_rows(
+            generator: torch.Generator,
+            make: Callable[..., Any] = make,
+            blocksize: int = blocksize,
+            dtype: torch.dtype = dtype,
+        ) -> Arguments:
+            _A, packed, shape, absmax, statistics = make(generator, 1)
+            indices = torch.randint(0, shape[0], (2, 3), generator=generator)
+            return indices, packed, shape, absmax, blocksize, "nf4", dtype, *statistics
+
+        label = f"nf4-2x3x48x130-{name_of(dtype)}-bs{blocksize}{'-nested' if nested else ''}"
+        yield Case("gemm_4bit", label, make_forward, MATMUL[dtype], truth_gemm_4bit)
+        yield Case("gemm_4bit_transposed", label, make_backward, MATMUL[dtype], truth_gemm_4bit_transposed)
+        yield Case("embedding_4bit", label, make_rows)
+        if not nested:
+            yield Case("gemv_4bit", label.replace("2x3", "1x1"), make_row, MATMUL[dtype], truth_gemv_4bit)
 
 
 def _weight(
@@ -131,7 +188,7 @@ def truth_gemv_4bit(
 
 def int8_matmul_cases() -> Iterator[Case]:
     """Integer products, their scaling, outliers and the fused layer."""
-    for (rows, out_features, in_features), dtype in itertools.product(MATMUL_SHAPES, FLOAT_DTYPES):
+    for (rows, out_features, in_features), dtype in itertools.product((*MATMUL_SHAPES, ODD_SHAPE), FLOAT_DTYPES):
 
         def make(
             generator: torch.Generator,

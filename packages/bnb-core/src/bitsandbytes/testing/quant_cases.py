@@ -67,22 +67,25 @@ def dequantize_4bit_cases() -> Iterator[Case]:
                 return packed, absmax, blocksize, quant_type, shape, dtype
 
             yield Case("dequantize_4bit", f"{quant_type}-{size_of(shape)}-{name_of(dtype)}-bs{blocksize}", make)
-        if 0 in shape:
-            continue
 
-        def make_nested(
-            generator: torch.Generator,
-            shape: tuple[int, ...] = shape,
-            quant_type: str = quant_type,
-            dtype: torch.dtype = dtype,
-        ) -> Arguments:
-            x = values("normal", shape, torch.float32, generator)
-            packed, absmax = OPS["quantize_4bit"].reference(x, 32, quant_type, torch.uint8)
-            code, offset = create_dynamic_map(), absmax.mean()
-            codes, absmax2 = OPS["quantize_blockwise"].reference(absmax - offset, code, 256)
-            return packed, absmax2, codes, code, offset, 32, quant_type, shape, dtype
+        for blocksize in (32, 2048):
 
-        yield Case("dequantize_4bit_nested", f"{quant_type}-{size_of(shape)}-{name_of(dtype)}", make_nested)
+            def make_nested(
+                generator: torch.Generator,
+                shape: tuple[int, ...] = shape,
+                blocksize: int = blocksize,
+                quant_type: str = quant_type,
+                dtype: torch.dtype = dtype,
+            ) -> Arguments:
+                x = values("normal", shape, torch.float32, generator)
+                packed, absmax = OPS["quantize_4bit"].reference(x, blocksize, quant_type, torch.uint8)
+                # Nothing has no mean.
+                code, offset = create_dynamic_map(), absmax.sum() / max(1, absmax.numel())
+                codes, absmax2 = OPS["quantize_blockwise"].reference(absmax - offset, code, 256)
+                return packed, absmax2, codes, code, offset, blocksize, quant_type, shape, dtype
+
+            label = f"{quant_type}-{size_of(shape)}-{name_of(dtype)}-bs{blocksize}"
+            yield Case("dequantize_4bit_nested", label, make_nested)
 
 
 def blockwise_cases() -> Iterator[Case]:
