@@ -2,8 +2,10 @@
 
 import json
 import os
+import site
 import subprocess
 import sys
+import venv
 from pathlib import Path
 
 import pytest
@@ -72,6 +74,41 @@ def test_a_new_package_builds_is_listed_and_conforms(plugin_site, tmp_path):
     )  # fmt: skip
     assert conform.returncode == 0, conform.stdout
     assert " passed" in conform.stdout
+
+
+@pytest.mark.slow
+def test_a_new_package_in_a_fresh_environment(tmp_path):
+    """What a stranger does: an environment with the core, and pip, which gets the build tools by itself."""
+    venv.create(tmp_path / "fresh", with_pip=True)
+    scripts = tmp_path / "fresh" / ("Scripts" if sys.platform == "win32" else "bin")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("BNB_", "PYTHON", "PIP_"))}
+    environment["BNB_BACKENDS"] = "abacus"
+
+    def run(*command):
+        command = [str(scripts / "python"), *map(str, command)]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, cwd=tmp_path)
+
+    packages = Path(run("-c", "import sysconfig; print(sysconfig.get_path('purelib'))").stdout.strip())
+    # torch and the core are those of this environment: fetching them again would take a gigabyte.
+    (packages / "inherited.pth").write_text(
+        "".join(f"import site; site.addsitedir({folder!r})\n" for folder in site.getsitepackages())
+    )
+    bnb = ("-m", "bitsandbytes.cli", "plugins")
+    written = run(*bnb, "new", "abacus", "--device", "cpu", "-o", tmp_path / "project")
+    assert written.returncode == 0, written.stderr
+    installed = run("-m", "pip", "install", "--no-deps", "--disable-pip-version-check", tmp_path / "project")
+    if "No matching distribution found for" in installed.stderr or "ConnectionError" in installed.stderr:
+        pytest.skip("pip cannot fetch the build tools here")
+    assert installed.returncode == 0, installed.stdout + installed.stderr
+    assert (packages / "bnb_abacus").is_dir()
+
+    listed = run(*bnb, "list")
+    assert listed.returncode == 0, listed.stdout + listed.stderr
+    assert "available" in next(line for line in listed.stdout.splitlines() if line.startswith("abacus"))
+    gaps = tmp_path / "project" / "tests" / "gaps.txt"
+    checked = run(*bnb, "check", "abacus", "--gaps", gaps, "--op", "dequantize_4bit")
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+    assert "abacus conforms" in checked.stdout
 
 
 def test_a_device_that_is_not_here_is_declined_with_a_reason(plugin_site, tmp_path):
