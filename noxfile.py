@@ -13,6 +13,7 @@ import functools
 import hashlib
 import json
 import os
+import platform
 import shutil
 import sys
 import time
@@ -219,27 +220,55 @@ def check_types(environment: Environment) -> None:
 
 def run_native_tests(environment: Environment, *, sanitize: bool) -> str:
     """Compile the C++ of every package with a ``tests/native`` folder for this machine, and run it with ctest."""
-    environment.install_groups("native")
     packages = [file.parents[2] for file in sorted((ROOT / "packages").glob("*/tests/native/CMakeLists.txt"))]
     for package in packages:
         build = STATE / ("sanitize" if sanitize else "native") / package.name
-        options = ["-DBNB_TESTS=ON", f"-DBNB_SANITIZE={'ON' if sanitize else 'OFF'}"]
-        tools = [f"-DCMAKE_MAKE_PROGRAM={environment.scripts / 'ninja'}", f"-DPython_EXECUTABLE={environment.python}"]
-        environment.script("cmake", "-S", package, "-B", build, "-G", "Ninja", *tools, *options)
+        configure(environment, package, build, "-DBNB_TESTS=ON", f"-DBNB_SANITIZE={'ON' if sanitize else 'OFF'}")
         environment.script("cmake", "--build", build)
         environment.script("ctest", "--test-dir", build, "--output-on-failure")
     return ", ".join(package.name for package in packages)
+
+
+def configure(environment: Environment, package: Path, build: Path, *options: str) -> None:
+    """Configure the C++ of a package with the tools of the environment."""
+    environment.install_groups("native")
+    tools = [f"-DCMAKE_MAKE_PROGRAM={environment.scripts / 'ninja'}", f"-DPython_EXECUTABLE={environment.python}"]
+    environment.script("cmake", "-S", package, "-B", build, "-G", "Ninja", *tools, *options)
+
+
+def count_instructions(environment: Environment, *options: str) -> str:
+    """Compare the instructions of the CPU kernels with the table of the last count, where valgrind is at hand."""
+    if shutil.which("valgrind") is None:
+        return "left out: no valgrind on PATH"
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return f"left out: the table is of x86-64, this is {platform.machine()}"
+    build = STATE / "native" / "bnb-cpu"
+    configure(environment, ROOT / "packages" / "bnb-cpu", build, "-DBNB_TESTS=ON", "-DBNB_SANITIZE=OFF")
+    environment.script("cmake", "--build", build, "--target", "instructions")
+    program = build / "tests" / "native" / "instructions"
+    environment.run("tools/count_instructions.py", program, *options)
+    return "scalar and AVX2"
+
+
+def run_on_aarch64(environment: Environment) -> str:
+    """Cross-compile the C++ tests of bnb-cpu for AArch64 and run them with QEMU, where both are at hand."""
+    missing = [tool for tool in ("aarch64-linux-gnu-g++", "qemu-aarch64") if shutil.which(tool) is None]
+    if missing:
+        return f"left out: no {' and no '.join(missing)} on PATH"
+    build = STATE / "aarch64" / "bnb-cpu"
+    configure(environment, ROOT / "packages" / "bnb-cpu", build, "--preset", "aarch64")
+    environment.script("cmake", "--build", build)
+    environment.script("ctest", "--test-dir", build, "--output-on-failure")
+    return "by QEMU"
 
 
 def compile_cuda(environment: Environment) -> str:
     """Compile the CUDA kernels for one architecture, where a compiler for them is at hand."""
     if shutil.which("nvcc") is None:
         return "left out: no nvcc on PATH"
-    environment.install_groups("native")
     build = STATE / "native" / "bnb-cuda"
-    tools = [f"-DCMAKE_MAKE_PROGRAM={environment.scripts / 'ninja'}", f"-DPython_EXECUTABLE={environment.python}"]
     options = ["-DBNB_KERNELS_ONLY=ON", f"-DCMAKE_CUDA_ARCHITECTURES={CUDA_ARCHITECTURE}"]
-    environment.script("cmake", "-S", ROOT / "packages" / "bnb-cuda", "-B", build, "-G", "Ninja", *tools, *options)
+    configure(environment, ROOT / "packages" / "bnb-cuda", build, *options)
     environment.script("cmake", "--build", build)
     return f"bnb-cuda for {CUDA_ARCHITECTURE}"
 
@@ -336,6 +365,7 @@ def tests(session: nox.Session) -> None:
         "lint": check_style,
         "types": check_types,
         "native": functools.partial(run_native_tests, sanitize=False),
+        "instructions": count_instructions,
         "compile, cuda": compile_cuda,
         "unit, core": unit_core,
         "unit, backends": unit_backends,
@@ -372,6 +402,18 @@ def native(session: nox.Session) -> None:
 def sanitize(session: nox.Session) -> None:
     """The C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer."""
     run_native_tests(Environment(session), sanitize=True)
+
+
+@nox.session
+def instructions(session: nox.Session) -> None:
+    """Instruction counts of the CPU kernels against the committed table; ``-- --update`` writes it."""
+    session.log(count_instructions(Environment(session), *session.posargs))
+
+
+@nox.session
+def aarch64(session: nox.Session) -> None:
+    """The C++ tests of bnb-cpu for AArch64, cross-compiled and run by QEMU."""
+    session.log(run_on_aarch64(Environment(session)))
 
 
 @nox.session
