@@ -24,7 +24,7 @@ PAGES = sorted(
     if not {"build", "dist", ".pytest_cache"}.intersection(page.relative_to(ROOT).parts)
 )
 LINK = re.compile(r"\]\(([^)\s]+)\)")
-SESSION = re.compile(r"\bnox -s ([a-z_]+)")
+SESSION = re.compile(r"\bnox -s ([a-z0-9_]+)")
 CODE = re.compile(r"```.*?```|`[^`\n]*`", re.DOTALL)
 
 
