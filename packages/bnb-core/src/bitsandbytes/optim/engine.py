@@ -260,7 +260,8 @@ class Batch:
         schedule = None
         if self.counter is not None:
             now = self.counter[portion.start : portion.stop]
-            rates = torch.as_tensor(lr, dtype=now.dtype, device=now.device).expand_as(now)
+            # A number is not copied to the device, which a captured graph could not do.
+            rates = lr.to(now).expand_as(now) if isinstance(lr, torch.Tensor) else torch.full_like(now, lr)
             beta3s, alphas = beta3_on_device(now, beta1, beta3, t_beta3), alpha_on_device(now, alpha, t_alpha)
             schedule, lr = torch.stack((rates, now, beta3s, alphas), dim=1), 0.0
         else:

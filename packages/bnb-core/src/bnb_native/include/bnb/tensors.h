@@ -57,7 +57,8 @@ class TensorReader {
 
   // Puts the address of a plain, contiguous tensor into `address`. With `record` its kind is put into `kind`,
   // otherwise it must be that kind. Never leaves a Python error.
-  Reading read(PyObject* tensor, bool record, TensorKind* kind, int64_t* address) const {
+  // `may_be_negated`: the tensor may be a result of torch's automatic differentiation.
+  Reading read(PyObject* tensor, bool may_be_negated, bool record, TensorKind* kind, int64_t* address) const {
     DlTensor described;
     if (!has_type(tensor)) {
       return kOther;
@@ -68,7 +69,7 @@ class TensorReader {
       return kOther;
     }
     TensorKind found;
-    if (!is_contiguous(described, &found.elements) || (found.elements == 1 && is_negated(tensor))) {
+    if (!is_contiguous(described, &found.elements) || (may_be_negated && found.elements == 1 && is_negated(tensor))) {
       return kOther;
     }
     found.dtype_and_device = described.dtype_code | static_cast<int64_t>(described.dtype_bits) << 8 |
@@ -137,8 +138,9 @@ inline Reading read_tensors(PyObject* capsule, PyObject* types, PyObject* lists,
     return kOther;
   }
   Reading all = kSameAddresses;
-  const auto take = [&](PyObject* tensor) {
-    const Reading reading = tensor == nullptr ? kOther : reader.read(tensor, record, kinds++, table++);
+  const auto take = [&](PyObject* tensor, bool may_be_negated) {
+    const Reading reading =
+        tensor == nullptr ? kOther : reader.read(tensor, may_be_negated, record, kinds++, table++);
     all = reading == kSameAddresses ? all : reading;
     return reading != kOther;
   };
@@ -149,7 +151,7 @@ inline Reading read_tensors(PyObject* capsule, PyObject* types, PyObject* lists,
       return kOther;
     }
     for (int64_t index = 0; index < count; ++index) {
-      if (!take(PyList_GetItem(tensors, index))) {
+      if (!take(PyList_GetItem(tensors, index), true)) {
         return kOther;
       }
     }
@@ -162,7 +164,7 @@ inline Reading read_tensors(PyObject* capsule, PyObject* types, PyObject* lists,
       continue;
     }
     for (int64_t index = 0; index < count; ++index) {
-      if (!take(PyDict_GetItem(PyList_GetItem(states, index), key))) {
+      if (!take(PyDict_GetItem(PyList_GetItem(states, index), key), false)) {
         return kOther;
       }
     }
