@@ -139,8 +139,7 @@ inline Reading read_tensors(PyObject* capsule, PyObject* types, PyObject* lists,
   }
   Reading all = kSameAddresses;
   const auto take = [&](PyObject* tensor, bool may_be_negated) {
-    const Reading reading =
-        tensor == nullptr ? kOther : reader.read(tensor, may_be_negated, record, kinds++, table++);
+    const Reading reading = tensor == nullptr ? kOther : reader.read(tensor, may_be_negated, record, kinds++, table++);
     all = reading == kSameAddresses ? all : reading;
     return reading != kOther;
   };
