@@ -1,7 +1,7 @@
-// The codebook of an 8-bit optimizer state: blocks of codes to values and back.
+// An 8-bit codebook: blocks of codes to values and back.
 #pragma once
 
-#include "quant8-inl.h"
+#include "grid8-inl.h"
 
 #if defined(__AVX512BW__)
 #include "codebook_avx512-inl.h"
@@ -17,8 +17,19 @@ class Codebook {
 
   void prepare(const float* qmap) {
     memcpy(values_, qmap, sizeof values_);
-    fill_grid_codes(qmap, 256, grid_codes_);
+    prepare_codes(qmap, 256);
+  }
+
+  // For `quantize` alone; `code_size` is at most 256.
+  void prepare_codes(const float* code, int64_t code_size) {
+    fill_grid_codes(code, code_size, grid_codes_);
     grid_codes_[kNanPosition] = 0;
+  }
+
+  // Any number of values, and NaN among them gets code 0. `finite`: that all are finite.
+  template <class T>
+  void quantize(const T* x, float scale, bool, int64_t count, uint8_t* codes) const {
+    encode_block_8bit(x, count, scale, grid_codes_, codes);
   }
 
   // `values` has room for a whole block.

@@ -1,8 +1,8 @@
-// The codebook of an 8-bit optimizer state, looked up and searched by permutes of registers instead of loads.
+// An 8-bit codebook, looked up and searched by permutes of registers instead of loads.
 // For AVX-512 BW; VBMI, where the build has it, looks up bytes.
 #pragma once
 
-#include "quant8-inl.h"
+#include "grid8-inl.h"
 
 namespace bnb_cpu {
 namespace BNB_ISA {
@@ -19,7 +19,33 @@ class Codebook {
         planes_[plane][i] = static_cast<Part>(bits >> (32 / kPlanes * plane));
       }
     }
-    prepare_limits(qmap);
+    prepare_codes(qmap, kCodes);
+  }
+
+  // For `quantize` alone; `code_size` is at most 256.
+  void prepare_codes(const float* code, int64_t code_size) { prepare_limits(code, code_size); }
+
+  // Any number of values, and NaN among them gets code 0. `finite`: that all are finite.
+  template <class T>
+  void quantize(const T* x, float scale, bool finite, int64_t count, uint8_t* codes) const {
+    constexpr int kPart = 64;
+    if (!finite || !searchable(scale)) {
+      return encode_each(x, scale, count, codes);
+    }
+    int64_t i = 0;
+    for (; i + kBlock <= count; i += kBlock) {
+      encode_block<kBlock>(x + i, scale, codes + i);
+    }
+    for (; i + kPart <= count; i += kPart) {
+      encode_block<kPart>(x + i, scale, codes + i);
+    }
+    if (i < count) {
+      T values[kPart] = {};
+      uint8_t padded[kPart];
+      memcpy(values, x + i, static_cast<size_t>(count - i) * sizeof(T));
+      encode_block<kPart>(values, scale, padded);
+      memcpy(codes + i, padded, static_cast<size_t>(count - i));
+    }
   }
 
   // `values` has room for a whole block.
@@ -39,18 +65,14 @@ class Codebook {
       return;
     }
     const float scale = 1.0f / absmax;
-    // A subnormal absmax may have no reciprocal, and then zeros scale to NaN.
-    if (base_ != 0 || bnb::magnitude_bits(scale) >= 0x7f800000u) {
-      for (int i = 0; i < count; ++i) {
-        const float scaled = values[i] * scale;
-        codes[i] = bnb::is_nan(scaled) ? 0 : code_at(bnb::grid_position(scaled));
-      }
+    if (!searchable(scale)) {
+      encode_each(values, scale, count, codes);
     } else if (count == kBlock) {
-      encode_block(values, scale, codes);
+      encode_block<kBlock>(values, scale, codes);
     } else {
       memset(values + count, 0, static_cast<size_t>(kBlock - count) * sizeof(float));
       alignas(64) uint8_t padded[kBlock];
-      encode_block(values, scale, padded);
+      encode_block<kBlock>(values, scale, padded);
       memcpy(codes, padded, static_cast<size_t>(count));
     }
   }
@@ -130,10 +152,10 @@ class Codebook {
   // The code of a grid position is `base_` plus the number of limits below the position. A binary search
   // over 255 limits: five steps among every eighth limit, three among the seven in between.
 
-  void prepare_limits(const float* qmap) {
+  void prepare_limits(const float* qmap, int64_t code_size) {
     int position = 0, known = 0;
     base_ = 0;
-    for (int i = 0; i + 1 < kCodes; ++i) {
+    for (int64_t i = 0; i + 1 < code_size; ++i) {
       position = first_position_above(bnb::midpoint_8bit(qmap[i], qmap[i + 1]), position);
       if (position == 0) {
         ++base_;
@@ -168,6 +190,17 @@ class Codebook {
     return static_cast<uint8_t>(base_ + code);
   }
 
+  // A subnormal absmax may have no reciprocal, and then zeros scale to NaN.
+  bool searchable(float scale) const { return base_ == 0 && bnb::magnitude_bits(scale) < 0x7f800000u; }
+
+  template <class T>
+  void encode_each(const T* x, float scale, int64_t count, uint8_t* codes) const {
+    for (int64_t i = 0; i < count; ++i) {
+      const float scaled = bnb::to_float(x[i]) * scale;
+      codes[i] = bnb::is_nan(scaled) ? 0 : code_at(bnb::grid_position(scaled));
+    }
+  }
+
   BNB_FN Words lookup64(const uint16_t* table, Words index) {
     return _mm512_permutex2var_epi16(_mm512_load_si512(table), index, _mm512_load_si512(table + 32));
   }
@@ -180,8 +213,9 @@ class Codebook {
 
   // base_ is 0 and the scaled values are finite. A search waits for each of its steps, so those of all values
   // of the block run side by side.
-  void encode_block(const float* values, float scale, uint8_t* codes) const {
-    constexpr int kChains = kBlock / 32;
+  template <int kCount, class T>
+  void encode_block(const T* values, float scale, uint8_t* codes) const {
+    constexpr int kChains = kCount / 32;
     Words position[kChains], at[kChains], code[kChains], limit[kChains], upper_limit[kChains];
     __mmask32 above[kChains];
     const auto compare = [&] {
@@ -196,7 +230,7 @@ class Codebook {
     };
     const F32 factor = splat(scale);
     for (int j = 0; j < kChains; ++j) {
-      const float* from = values + 32 * j;
+      const T* from = values + 32 * j;
       position[j] = _mm512_packus_epi32(position_of(load(from) * factor), position_of(load(from + 16) * factor));
       limit[j] = _mm512_set1_epi16(static_cast<int16_t>(first_));
     }
