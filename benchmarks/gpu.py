@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,18 +28,19 @@ CACHE_BYTES = 128e6
 
 
 def by_events(calls: list[Callable[[], object]], repeats: int = 20) -> float:
-    """Median time of a call from events around it."""
+    """Median time of a call from events around it; the host runs ahead, so its part does not show."""
     for call in calls:
         call()
-    times = []
+    torch.cuda.synchronize()
+    events = []
     for index in range(repeats):
         begin, end = torch.cuda.Event(True), torch.cuda.Event(True)
         begin.record()
         calls[index % len(calls)]()
         end.record()
-        torch.cuda.synchronize()
-        times.append(begin.elapsed_time(end) * 1e3)
-    return statistics.median(times)
+        events.append((begin, end))
+    torch.cuda.synchronize()
+    return statistics.median(begin.elapsed_time(end) * 1e3 for begin, end in events)
 
 
 def by_graph(calls: list[Callable[[], object]]) -> float:
@@ -53,15 +55,16 @@ def by_graph(calls: list[Callable[[], object]]) -> float:
     return by_events([graph.replay], 15) / len(calls)
 
 
-def by_profile(call: Callable[[], object], repeats: int = 5) -> float:
-    """Time that kernels run per call, whatever the host does between them."""
-    call()
+def by_clock(call: Callable[[], object], repeats: int = 200) -> float:
+    """Time of a call on the clock of the host, many in a row."""
+    for _ in range(10):
+        call()
     torch.cuda.synchronize()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        for _ in range(repeats):
-            call()
-        torch.cuda.synchronize()
-    return sum(event.self_device_time_total for event in profile.key_averages()) / repeats
+    begin = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    torch.cuda.synchronize()
+    return (time.perf_counter() - begin) / repeats * 1e6
 
 
 class Ceilings:
@@ -90,22 +93,22 @@ def quantization(rates: Ceilings) -> Iterator[Row]:
         four = plain + count / 2 + count / 16
         for kind in ("nf4", "fp4"):
             calls = [lambda t=t, kind=kind: F.quantize_4bit(t, quant_type=kind) for t in tensors]
-            yield f"quantize_4bit {kind} {name}", by_events(calls), rates.floor(four)
+            yield f"quantize_4bit {kind} {name}", by_graph(calls), rates.floor(four)
         for nested in (False, True):
             states = [F.quantize_4bit(t, quant_type="nf4", compress_statistics=nested) for t in tensors]
             label = f"dequantize_4bit nf4{' nested' if nested else ''} {name}"
-            yield label, by_events([lambda s=s: F.dequantize_4bit(*s) for s in states]), rates.floor(four)
+            yield label, by_graph([lambda s=s: F.dequantize_4bit(*s) for s in states]), rates.floor(four)
         eight = plain + count * (1 + 4 / 256)
         calls = [lambda t=t: F.quantize_blockwise(t, blocksize=256) for t in tensors]
-        yield f"quantize_blockwise {name}", by_events(calls), rates.floor(eight)
+        yield f"quantize_blockwise {name}", by_graph(calls), rates.floor(eight)
         states = [F.quantize_blockwise(t, blocksize=256) for t in tensors]
         calls = [lambda s=s: F.dequantize_blockwise(*s) for s in states]
-        yield f"dequantize_blockwise {name}", by_events(calls), rates.floor(eight)
+        yield f"dequantize_blockwise {name}", by_graph(calls), rates.floor(eight)
     halves = [t.half() for t in tensors]
     calls = [lambda t=t: F.int8_vectorwise_quant(t) for t in halves]
-    yield "int8_vectorwise_quant float16", by_events(calls), rates.floor(count * 3)
+    yield "int8_vectorwise_quant float16", by_graph(calls), rates.floor(count * 3)
     calls = [lambda t=t: F.int8_double_quant(t) for t in halves]
-    yield "int8_double_quant float16", by_events(calls), rates.floor(count * 4)
+    yield "int8_double_quant float16", by_graph(calls), rates.floor(count * 4)
 
 
 def products(rates: Ceilings) -> Iterator[Row]:
@@ -119,7 +122,7 @@ def products(rates: Ceilings) -> Iterator[Row]:
         plain = [weight] + [weight.clone() for _ in range(1 + int(CACHE_BYTES // (n * k * 2)))]
         for nested in (False, True):
             states = [F.quantize_4bit(weight, quant_type="nf4", compress_statistics=nested) for _ in range(copies)]
-            for m in (1, 8, 64) if nested else (1, 8, 16, 32, 64, 128, 256):
+            for m in (1, 8, 64) if nested else (1, 8, 16, 32, 64, 128, 256, 1024, 4096):
                 x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
                 moved = n * k / 2 + n * k / 64 * (1 if nested else 4) + 2 * m * (n + k)
                 label = f"matmul_4bit nf4{' nested' if nested else ''} M={m} {n}x{k}"
@@ -131,20 +134,89 @@ def products(rates: Ceilings) -> Iterator[Row]:
                     yield f"torch linear bfloat16 M={m} {n}x{k}", by_graph(calls), floor
 
 
-def optimizers(rates: Ceilings) -> Iterator[Row]:
-    """A step for one parameter of 64 M elements."""
+def linear8(rates: Ceilings) -> Iterator[Row]:
+    """``Linear8bitLt`` in float16, with and without outlier columns."""
     import bitsandbytes as bnb
 
-    for dtype in (torch.bfloat16, torch.float32):
-        p = torch.nn.Parameter(torch.randn(8192, 8192, device="cuda").to(dtype))
-        p.grad = torch.randn_like(p) * 0.01
-        for name, state_bytes in (("AdamW8bit", 2), ("AdamW32bit", 8), ("Lion8bit", 1), ("AdEMAMix8bit", 3)):
-            optimizer = getattr(bnb.optim, name)([p], lr=1e-4)
-            floor = rates.floor(p.numel() * (3 * p.element_size() + 2 * state_bytes))
-            yield f"{name} {str(dtype).removeprefix('torch.')}", by_profile(optimizer.step), floor
+    n, k = 14336, 4096
+    plain = torch.nn.Linear(k, n, bias=False, device="cuda", dtype=torch.float16)
+    for threshold in (0.0, 6.0):
+        layer = bnb.nn.Linear8bitLt(k, n, bias=False, has_fp16_weights=False, threshold=threshold).half().cuda()
+        for m in (1, 32, 128, 512, 4096):
+            x = torch.randn(m, k, device="cuda", dtype=torch.float16)
+            x[:, [3, 77, 901]] *= 20
+            floor = rates.floor(n * k + 2 * m * (n + k), 2 * m * n * k / 1.9)
+            yield f"Linear8bitLt threshold {threshold:g} M={m}", by_clock(lambda x=x, f=layer: f(x), 50), floor
+            if threshold == 0:
+                floor = rates.floor(2 * n * k + 2 * m * (n + k), 2 * m * n * k)
+                yield f"torch linear float16 M={m}", by_clock(lambda x=x: plain(x), 50), floor
 
 
-GROUPS = {"quantization": quantization, "products": products, "optimizers": optimizers}
+def calls(rates: Ceilings) -> Iterator[Row]:
+    """Calls of decode size, on the clock: the host's part."""
+    import bitsandbytes as bnb
+
+    k = n = 4096
+    four = bnb.nn.Linear4bit(k, n, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4").bfloat16().cuda()
+    plain = torch.nn.Linear(k, n, bias=False, device="cuda", dtype=torch.bfloat16)
+    layers = {"torch linear": plain, "Linear4bit": four}
+    for threshold in (0.0, 6.0):
+        eight = bnb.nn.Linear8bitLt(k, n, bias=False, has_fp16_weights=False, threshold=threshold)
+        layers[f"Linear8bitLt threshold {threshold:g}"] = eight.bfloat16().cuda()
+    x = torch.randn(1, k, device="cuda", dtype=torch.bfloat16)
+    for name, layer in layers.items():
+        yield f"{name} M=1 {n}x{k}, wall", by_clock(lambda f=layer: f(x), 500), rates.floor(n * k / 2)
+    table = bnb.nn.Embedding4bit(128256, 4096, quant_type="nf4", dtype=torch.bfloat16).cuda()
+    ids = [torch.randint(0, 128256, (2048,), device="cuda") for _ in range(8)]
+    lookups = [lambda i=i: table(i) for i in ids]
+    yield "Embedding4bit 128256x4096, 2048 ids", by_graph(lookups), rates.floor(2048 * 4096 * 2.5625)
+
+
+def llama_shapes() -> list[tuple[int, ...]]:
+    """Parameters of a model with 1.1 billion of them."""
+    layer: list[tuple[int, ...]] = [(2048, 2048), (2048, 2048), (512, 2048), (512, 2048)]
+    layer += [(8192, 2048), (8192, 2048), (2048, 8192), (2048,), (2048,)]
+    return [(32000, 2048), *layer * 16, (2048,), (32000, 2048)]
+
+
+def optimizers(rates: Ceilings) -> Iterator[Row]:
+    """Steps for one parameter of 64 M elements, for those of a model, and for many small ones."""
+    import bitsandbytes as bnb
+
+    kinds = {"AdamW8bit": 2, "AdamW32bit": 8, "Lion8bit": 1, "AdEMAMix8bit": 3, "PagedAdamW8bit": 2, "LAMB8bit": 2}
+    sets: dict[str, tuple[list[tuple[int, ...]], tuple[str, ...], tuple[torch.dtype, ...]]] = {
+        "64 M": ([(8192, 8192)], tuple(kinds), (torch.bfloat16, torch.float32)),
+        "1.1 G in 147": (llama_shapes(), ("AdamW8bit", "AdamW32bit"), (torch.bfloat16,)),
+        "2000 x 8192": ([(8192,)] * 2000, ("AdamW8bit", "AdamW32bit"), (torch.bfloat16,)),
+    }
+    for label, (shapes, names, dtypes) in sets.items():
+        for dtype in dtypes:
+            weights = [torch.nn.Parameter(torch.randn(s, device="cuda").to(dtype) * 0.02) for s in shapes]
+            for p in weights:
+                p.grad = torch.randn_like(p) * 0.01
+            count, width = sum(p.numel() for p in weights), weights[0].element_size()
+            end = f"{str(dtype).removeprefix('torch.')} {label}"
+            for name in names:
+                optimizer = getattr(bnb.optim, name)(weights, lr=1e-4)
+                floor = rates.floor(count * (3 * width + 2 * kinds[name]))
+                yield f"{name} {end}", by_events([optimizer.step]), floor
+                if len(shapes) > 1:
+                    yield f"{name} {end}, wall", by_clock(optimizer.step, 20), floor
+                del optimizer
+            fused = torch.optim.AdamW(weights, lr=1e-4, fused=True)
+            yield f"torch fused AdamW {end}", by_events([fused.step]), rates.floor(count * 7 * width)
+            if len(shapes) > 1:
+                yield f"torch fused AdamW {end}, wall", by_clock(fused.step, 20), rates.floor(count * 7 * width)
+            del fused
+
+
+GROUPS = {
+    "quantization": quantization,
+    "products": products,
+    "linear8": linear8,
+    "calls": calls,
+    "optimizers": optimizers,
+}
 
 
 def main() -> None:
@@ -162,9 +234,9 @@ def main() -> None:
     rows = []
     with torch.no_grad():
         for name in chosen.groups or GROUPS:
-            for label, time, floor in GROUPS[name](rates):
-                rows.append({"library": chosen.label, "case": label, "us": time, "floor_us": floor})
-                print(f"{label:48s} {time:9.1f} us  floor {floor:7.1f}  x {time / floor:5.2f}", flush=True)
+            for label, spent, floor in GROUPS[name](rates):
+                rows.append({"library": chosen.label, "case": label, "us": spent, "floor_us": floor})
+                print(f"{label:48s} {spent:9.1f} us  floor {floor:7.1f}  x {spent / floor:5.2f}", flush=True)
     if chosen.json:
         chosen.json.write_text(json.dumps({"card": card, "rows": rows}, indent=1))
 

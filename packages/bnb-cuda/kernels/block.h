@@ -6,6 +6,7 @@
 
 #include <type_traits>
 
+#include "lanes.h"
 #include "vendor.h"
 
 namespace bnb_gpu {
@@ -80,33 +81,119 @@ __device__ __forceinline__ void store_streaming(T* to, const Vector<T, kCount>& 
   *reinterpret_cast<Vector<T, kCount>*>(to) = data;
 }
 
-// Largest magnitude of the values, on the bits of float32; NaN does not count.
+// Elements as words in registers. Arrays of small elements that live long are taken apart by the compiler.
 template <class T, int kCount>
-__device__ __forceinline__ unsigned largest_magnitude(const Vector<T, kCount>& values) {
+struct Words {
+  static constexpr int kWords = static_cast<int>(sizeof(T)) * kCount / 4;
+  unsigned words[kWords];
+
+  __device__ __forceinline__ Lanes<kCount> floats() const {
+    return each<kCount>([&](int i) {
+      if constexpr (std::is_same_v<T, float>) {
+        return bnb::float_of(words[i]);
+      } else if constexpr (std::is_same_v<T, bfloat16_t>) {
+        return bnb::float_of(i % 2 == 0 ? words[i / 2] << 16 : words[i / 2] & 0xffff0000u);
+      } else {
+        const unsigned short bits = static_cast<unsigned short>(words[i / 2] >> (16 * (i % 2)));
+        T value;
+        memcpy(&value, &bits, sizeof value);
+        return to_float(value);
+      }
+    });
+  }
+
+  // Entries of a table of 256, for elements that are bytes.
+  __device__ __forceinline__ Lanes<kCount> looked_up(const float* table) const {
+    static_assert(sizeof(T) == 1, "bytes are indices");
+    return each<kCount>([&](int i) { return table[words[i / 4] >> (8 * (i % 4)) & 0xffu]; });
+  }
+};
+
+template <class T, int kCount>
+__device__ __forceinline__ Words<T, kCount> words_of(const Vector<T, kCount>& values) {
+  Words<T, kCount> result;
+  memcpy(&result, &values, sizeof result);
+  return result;
+}
+
+template <class T, int kCount>
+__device__ __forceinline__ Words<T, kCount> load_words_streaming(const T* from) {
+  constexpr int kBytes = sizeof(T) * kCount;
+  Words<T, kCount> result;
+#ifndef BNB_HIP
+  if constexpr (kBytes % 16 == 0) {
+#pragma unroll
+    for (int i = 0; i < kBytes / 16; ++i) {
+      const uint4 four = __ldcs(reinterpret_cast<const uint4*>(from) + i);
+      result.words[4 * i] = four.x;
+      result.words[4 * i + 1] = four.y;
+      result.words[4 * i + 2] = four.z;
+      result.words[4 * i + 3] = four.w;
+    }
+    return result;
+  } else if constexpr (kBytes == 8) {
+    const uint2 two = __ldcs(reinterpret_cast<const uint2*>(from));
+    result.words[0] = two.x;
+    result.words[1] = two.y;
+    return result;
+  }
+#endif
+  return words_of(load_streaming<T, kCount>(from));
+}
+
+// The larger number; NaN if one of them is.
+__device__ __forceinline__ float max_or_nan(float a, float b) {
+#if BNB_DEVICE_ARCH >= 800
+  float result;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
+  return result;
+#else
+  return a == a && b == b ? fmaxf(a, b) : bnb::float_of(0x7fc00000u);
+#endif
+}
+
+// Largest magnitude of the values, and whether there is a NaN, which does not count, among them.
+struct Largest {
+  unsigned bits;
+  bool has_nan;
+};
+
+template <class T, int kCount>
+__device__ __forceinline__ Largest largest_magnitude(const Vector<T, kCount>& values) {
+  float largest = 0.0f;
 #ifndef BNB_HIP
   if constexpr (sizeof(T) == 2 && kCount % 2 == 0) {
     using Pair = std::conditional_t<std::is_same_v<T, half_t>, __half2, __nv_bfloat162>;
     unsigned words[kCount / 2];
     memcpy(words, &values, sizeof words);
     unsigned zero = 0;
-    Pair largest;
-    memcpy(&largest, &zero, sizeof zero);
+    Pair pairs;
+    memcpy(&pairs, &zero, sizeof zero);
 #pragma unroll
     for (int i = 0; i < kCount / 2; ++i) {
       const unsigned magnitudes = words[i] & 0x7fff7fffu;
       Pair pair;
       memcpy(&pair, &magnitudes, sizeof pair);
-      largest = __hmax2(largest, pair);
+      pairs = __hmax2_nan(pairs, pair);
     }
-    return bnb::bits_of(fmaxf(to_float(largest.x), to_float(largest.y)));
-  }
+    largest = max_or_nan(to_float(pairs.x), to_float(pairs.y));
+  } else
 #endif
-  float largest = 0.0f;
+  {
 #pragma unroll
-  for (int i = 0; i < kCount; ++i) {
-    largest = fmaxf(largest, fabsf(to_float(values.values[i])));
+    for (int i = 0; i < kCount; ++i) {
+      largest = max_or_nan(largest, fabsf(to_float(values.values[i])));
+    }
   }
-  return bnb::bits_of(largest);
+  const bool has_nan = largest != largest;
+  if (has_nan) {
+    largest = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      largest = fmaxf(largest, fabsf(to_float(values.values[i])));
+    }
+  }
+  return {bnb::bits_of(largest), has_nan};
 }
 
 // Largest value over groups of `kWidth` neighbouring lanes, known to all of them.

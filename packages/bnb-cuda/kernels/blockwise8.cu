@@ -10,6 +10,8 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kPerLane = 8;
 constexpr int kPerGroup = kPerLane * kLanes;
+// Values of a lane that are decoded in turn.
+constexpr int kInTurn = 32;
 
 template <class T>
 __device__ __forceinline__ Vector<T, kPerLane> load_values(const T* x, int64_t begin, int64_t count) {
@@ -24,33 +26,39 @@ __device__ __forceinline__ Vector<T, kPerLane> load_values(const T* x, int64_t b
   return values;
 }
 
-__device__ __forceinline__ Vector<uint8_t, kPerLane> load_codes(const uint8_t* codes, int64_t begin, int64_t count) {
-  if (begin + kPerLane <= count) {
-    return load_streaming<uint8_t, kPerLane>(codes + begin);
+template <int kCount>
+__device__ __forceinline__ Words<uint8_t, kCount> load_codes(const uint8_t* codes, int64_t begin, int64_t count) {
+  if (begin + kCount <= count) {
+    return words_of(load_streaming<uint8_t, kCount>(codes + begin));
   }
-  Vector<uint8_t, kPerLane> values = {};
-  for (int i = 0; begin + i < count; ++i) {
-    values.values[i] = codes[begin + i];
+  Words<uint8_t, kCount> result = {};
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    if (begin + i < count) {
+      result.words[i / 4] |= static_cast<unsigned>(codes[begin + i]) << (8 * (i % 4));
+    }
   }
-  return values;
+  return result;
 }
 
 template <class T>
-__device__ __forceinline__ void store_codes(const Vector<T, kPerLane>& values, float absmax, const Encoder8& encoder,
-                                            uint8_t* codes, int64_t begin, int64_t count) {
-  const float inverse = 1.0f / absmax;
-  float scaled[kPerLane];
+__device__ __forceinline__ void store_codes(const Vector<T, kPerLane>& values, float absmax, bool has_nan,
+                                            const Encoder8& encoder, uint8_t* codes, int64_t begin, int64_t count) {
+  float numbers[kPerLane];
 #pragma unroll
   for (int i = 0; i < kPerLane; ++i) {
-    scaled[i] = to_float(values.values[i]) * inverse;
+    numbers[i] = to_float(values.values[i]);
   }
-  const Vector<uint8_t, kPerLane> out = encoder(scaled);
+  const Vector<uint8_t, kPerLane> out = encoder(numbers, absmax, has_nan);
   if (begin + kPerLane <= count) {
     store_streaming<uint8_t, kPerLane>(codes + begin, out);
     return;
   }
-  for (int i = 0; begin + i < count; ++i) {
-    codes[begin + i] = out.values[i];
+#pragma unroll
+  for (int i = 0; i < kPerLane; ++i) {
+    if (begin + i < count) {
+      codes[begin + i] = out.values[i];
+    }
   }
 }
 
@@ -65,7 +73,6 @@ __global__ void __launch_bounds__(kBlock <= kPerGroup ? 256 : 512)
   __shared__ Encoder8::Storage storage;
   __shared__ unsigned largest[kBlockThreads / kLanes];
   const Encoder8 encoder(storage, code, code_size);
-  __syncthreads();
   const int lane = threadIdx.x % kLanes, group = threadIdx.x / kLanes;
   constexpr int kTile = kBlockThreads * kPerLane * kUnroll;
   for (int64_t tile = static_cast<int64_t>(blockIdx.x) * kTile; tile < count;
@@ -79,7 +86,8 @@ __global__ void __launch_bounds__(kBlock <= kPerGroup ? 256 : 512)
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       const int64_t first = begin + u * kPerGroup;
-      unsigned bits = largest_magnitude(values[u]);
+      const Largest own = largest_magnitude(values[u]);
+      unsigned bits = own.bits;
       if constexpr (kInGroup) {
         bits = group_max<kBlock / kPerLane>(bits);
       } else {
@@ -97,7 +105,7 @@ __global__ void __launch_bounds__(kBlock <= kPerGroup ? 256 : 512)
       }
       if (first < count) {
         const float scale = bnb::float_of(bits);
-        store_codes(values[u], scale, encoder, codes, first, count);
+        store_codes(values[u], scale, own.has_nan, encoder, codes, first, count);
         if (first % kBlock == 0) {
           absmax[first / kBlock] = scale;
         }
@@ -114,7 +122,6 @@ __global__ void __launch_bounds__(kThreads)
   __shared__ Encoder8::Storage storage;
   __shared__ unsigned scratch[kLanes];
   const Encoder8 encoder(storage, code, code_size);
-  __syncthreads();
   const int64_t blocks = (count + blocksize - 1) / blocksize;
   for (int64_t block = blockIdx.x; block < blocks; block += gridDim.x) {
     const int64_t begin = block * blocksize, end = begin + blocksize < count ? begin + blocksize : count;
@@ -125,8 +132,7 @@ __global__ void __launch_bounds__(kThreads)
     bits = block_max(bits, scratch);
     const float scale = bnb::float_of(bits), inverse = 1.0f / scale;
     for (int64_t i = begin + threadIdx.x; i < end; i += blockDim.x) {
-      const float scaled[1] = {to_float(x[i]) * inverse};
-      codes[i] = encoder(scaled).values[0];
+      codes[i] = static_cast<uint8_t>(encoder.any(to_float(x[i]) * inverse));
     }
     if (threadIdx.x == 0) {
       absmax[block] = scale;
@@ -139,36 +145,41 @@ template <class T>
 __global__ void __launch_bounds__(kThreads)
     dequantize8(const uint8_t* __restrict__ codes, const float* __restrict__ absmax, const float* __restrict__ code,
                 int code_size, int64_t count, int block_shift, T* __restrict__ out) {
-  constexpr int kUnroll = 4;
+  // One store of 16 bytes per lane, so that the stores of a group leave no gaps.
+  constexpr int kOwn = 16 / sizeof(T), kUnroll = kInTurn / kOwn, kPerGroup = kOwn * kLanes;
   __shared__ float table[256];
   load_table(table, code, code_size);
   __syncthreads();
   const int lane = threadIdx.x % kLanes, group = threadIdx.x / kLanes;
-  constexpr int kTile = kThreads * kPerLane * kUnroll;
+  constexpr int kTile = kThreads * kInTurn;
   for (int64_t tile = static_cast<int64_t>(blockIdx.x) * kTile; tile < count;
        tile += static_cast<int64_t>(gridDim.x) * kTile) {
-    const int64_t begin = tile + group * (kPerGroup * kUnroll) + lane * kPerLane;
-    Vector<uint8_t, kPerLane> words[kUnroll];
+    const int64_t begin = tile + group * (kLanes * kInTurn) + lane * kOwn;
+    Words<uint8_t, kOwn> words[kUnroll];
     float scales[kUnroll];
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       const int64_t first = begin + u * kPerGroup;
-      words[u] = load_codes(codes, first, count);
+      words[u] = load_codes<kOwn>(codes, first, count);
       scales[u] = first < count ? __ldg(absmax + (first >> block_shift)) : 0.0f;
     }
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       const int64_t first = begin + u * kPerGroup;
-      Vector<T, kPerLane> values;
+      const Lanes<kOwn> numbers = words[u].looked_up(table) * Lanes<kOwn>::all(scales[u]);
+      Vector<T, kOwn> values;
 #pragma unroll
-      for (int i = 0; i < kPerLane; ++i) {
-        values.values[i] = from_float<T>(table[words[u].values[i]] * scales[u]);
+      for (int i = 0; i < kOwn; ++i) {
+        values.values[i] = from_float<T>(numbers.values[i]);
       }
-      if (first + kPerLane <= count) {
-        store_streaming<T, kPerLane>(out + first, values);
+      if (first + kOwn <= count) {
+        store_streaming<T, kOwn>(out + first, values);
       } else {
-        for (int i = 0; first + i < count; ++i) {
-          out[first + i] = values.values[i];
+#pragma unroll
+        for (int i = 0; i < kOwn; ++i) {
+          if (first + i < count) {
+            out[first + i] = values.values[i];
+          }
         }
       }
     }
@@ -194,8 +205,10 @@ void launch_quantize(const Launch& launch, const T* x, int64_t count, const floa
   constexpr bool kInGroup = kBlock <= kPerGroup;
   constexpr int kBlockThreads = kInGroup ? 256 : 512;
   constexpr int kTile = kBlockThreads * kPerLane * (kInGroup ? (sizeof(T) == 4 ? 2 : 4) : 1);
-  quantize8<T, kBlock><<<launch.grid(ceil_div(count, kTile), kInGroup ? 8 : 4), kBlockThreads, 0, launch.stream()>>>(
-      x, count, code, code_size, codes, absmax);
+  const auto kernel = quantize8<T, kBlock>;
+  static ResidentGrid grid;
+  kernel<<<grid(launch, reinterpret_cast<const void*>(kernel), kBlockThreads, ceil_div(count, kTile)), kBlockThreads, 0,
+           launch.stream()>>>(x, count, code, code_size, codes, absmax);
 }
 
 }  // namespace
@@ -241,7 +254,7 @@ void dequantize_blockwise(const Launch& launch, const uint8_t* codes, const floa
     using T = typename decltype(type)::type;
     T* to = static_cast<T*>(out);
     if (shift >= 3) {
-      dequantize8<T><<<launch.grid(ceil_div(count, kThreads * kPerLane * 4), 8), kThreads, 0, launch.stream()>>>(
+      dequantize8<T><<<launch.grid(ceil_div(count, kThreads * kInTurn), 32), kThreads, 0, launch.stream()>>>(
           codes, absmax, code, code_size, count, shift, to);
     } else {
       dequantize8_any<T><<<launch.grid(ceil_div(count, kThreads), 16), kThreads, 0, launch.stream()>>>(

@@ -18,15 +18,16 @@ __device__ __forceinline__ void load_table(float* shared, const float* code, int
 
 // Finds the nearest codebook value; a tie goes to the even code, NaN to code 0.
 //
-// Sign, exponent and the upper mantissa bits of a value name a cell. Its entry has the code at the cell's
-// end near zero and, where a boundary between codes crosses the cell, the mantissa bits from which on the
-// code is the next one: one look-up and one comparison of integers. The cells are narrow enough for the
-// dynamic maps; a codebook with several boundaries in a cell is searched by bisection.
+// Sign, exponent and the upper mantissa bits of a value name a cell, and its other mantissa bits a place in
+// it, counted upwards. The entry of a cell has the code at its lower end in the upper byte, and below that
+// what a place must reach for the next code, as the distance to a carry: adding the place gives the code.
+// The cells are narrow enough for the dynamic maps; a codebook with several boundaries in a cell is searched
+// by bisection.
 class Encoder8 {
  public:
-  // Values below 2^-kOctaves share a cell, as do those from 1. A codebook without negative values has
+  // Magnitudes below 2^-kOctaves share a cell, as do those from 1. A codebook without negative values has
   // twice the cells per octave.
-  static constexpr int kOctaves = 22;
+  static constexpr int kOctaves = 24;
   static constexpr int kSignedBits = 6;
   static constexpr int kCells = 2 * ((kOctaves << kSignedBits) + 1);
 
@@ -37,12 +38,11 @@ class Encoder8 {
   };
 
   // Of no use until it is assigned to.
-  __device__ Encoder8() : storage_(nullptr), shift_(0), signed_(false) {}
+  __device__ Encoder8() : storage_(nullptr), signed_(false), crowded_(false) {}
 
-  // All threads of the block call this; the caller synchronises afterwards.
+  // All threads of the block call this.
   __device__ Encoder8(Storage& storage, const float* code, int code_size)
-      : storage_(&storage), shift_(23 - kSignedBits), signed_(code[0] < 0.0f) {
-    shift_ -= signed_ ? 0 : 1;
+      : storage_(&storage), signed_(code[0] < 0.0f), crowded_(false) {
     if (threadIdx.x == 0) {
       storage.crowded = 0;
     }
@@ -58,91 +58,125 @@ class Encoder8 {
       storage.boundaries[i] = boundary;
     }
     __syncthreads();
-    // A thread fills neighbouring cells: one search, then a walk along the boundaries.
-    const int side = cells_per_side(), total = signed_ ? 2 * side : side;
-    const int share = (total + blockDim.x - 1) / blockDim.x;
-    const int first = threadIdx.x * share, stop = min(first + share, total);
-    bool crowded = false;
-    int rank = 0;
-    for (int i = first; i < stop; ++i) {
-      const bool negative = i >= side;
-      const int cell = negative ? i - side : i;
-      if (i == first || cell == 0) {
-        rank = boundaries_below(negative ? above_minus(low_end(cell)) : low_end(cell));
-      }
-      // Positive: boundaries below the cell. Negative: boundaries up to minus the low end.
-      const int base = rank;
-      const float high = cell + 1 == side ? bnb::float_of(0x7f800000u) : low_end(cell + 1);
-      float boundary = 0.0f;
-      if (negative) {
-        while (rank > 0 && storage.boundaries[rank - 1] > -high) {
-          --rank;
-        }
-        boundary = base > 0 ? storage.boundaries[base - 1] : 0.0f;
-      } else {
-        while (rank < 255 && storage.boundaries[rank] < high) {
-          ++rank;
-        }
-        boundary = storage.boundaries[base];
-      }
-      const int crossing = negative ? base - rank : rank - base;
-      crowded |= crossing > 1 || (crossing == 1 && (cell == 0 || cell + 1 == side));
-      const unsigned low = bnb::bits_of(boundary) & low_mask();
-      const unsigned from = crossing == 0 ? low_mask() + 1 : negative ? low : low + 1;
-      storage.entries[i] = static_cast<unsigned>(base) << 24 | from;
-    }
-    if (crowded) {
+    if (!(signed_ ? fill<true>(storage) : fill<false>(storage))) {
       storage.crowded = 1;
     }
+    __syncthreads();
+    crowded_ = storage.crowded != 0;
   }
 
-  // Codes of several values: their look-ups overlap.
+  // Codes of values of a block with this absmax. `may_be_nan`: of one of them.
   template <int kCount>
-  __device__ __forceinline__ Vector<uint8_t, kCount> operator()(const float (&scaled)[kCount]) const {
-    // Put together in registers: bytes of an array would go through local memory.
+  __device__ __forceinline__ Vector<uint8_t, kCount> operator()(const float (&values)[kCount], float absmax,
+                                                                bool may_be_nan) const {
+    const float inverse = 1.0f / absmax;
+    // The reciprocal of a subnormal number may be infinite.
+    const bool plain = absmax >= bnb::float_of(0x00800000u) && absmax < bnb::float_of(0x7f800000u) && !may_be_nan;
     unsigned words[(kCount + 3) / 4] = {};
-    if (storage_->crowded) {
+    if (plain && !crowded_) {
+      signed_ ? look_up<true>(values, inverse, words) : look_up<false>(values, inverse, words);
+    } else if (absmax != 0.0f) {
+      Vector<float, kCount> scaled;
 #pragma unroll
       for (int i = 0; i < kCount; ++i) {
-        words[i / 4] |= (scaled[i] == scaled[i] ? boundaries_below(scaled[i]) : 0) << (8 * (i % 4));
+        scaled.values[i] = values[i] * inverse;
       }
-    } else {
-      search(scaled, words);
+      return search(*storage_, scaled);
     }
     Vector<uint8_t, kCount> codes;
     memcpy(&codes, words, sizeof codes);
     return codes;
   }
 
+  // The same for a scaled value, whatever it is.
+  __device__ __forceinline__ unsigned any(float scaled) const { return code_of(*storage_, scaled); }
+
  private:
+  template <bool kSigned>
+  struct Cells {
+    static constexpr int kBits = kSigned ? kSignedBits : kSignedBits + 1;
+    static constexpr int kShift = 23 - kBits;
+    static constexpr int kFirst = (127 - kOctaves) << kBits;
+    static constexpr int kSide = (kOctaves << kBits) + 1;
+    static constexpr unsigned kPlaces = (1u << kShift) - 1;
+    static_assert((kSigned ? 2 : 1) * kSide <= kCells, "the storage holds all cells");
+  };
+  static constexpr unsigned kSmallest = (127u - kOctaves) << 23;
+
+  // Rarely needed: a call keeps it out of the way.
   template <int kCount>
-  __device__ __forceinline__ void search(const float (&scaled)[kCount], unsigned* words) const {
-    const int side = cells_per_side();
+  __device__ __noinline__ static Vector<uint8_t, kCount> search(const Storage& storage, Vector<float, kCount> scaled) {
+    unsigned words[(kCount + 3) / 4] = {};
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      const unsigned bits = bnb::bits_of(scaled[i]);
-      const bool negative = bits >> 31 != 0;
-      const int magnitude = static_cast<int>(bits & 0x7fffffffu);
-      int cell = min(max((magnitude >> shift_) - first_cell(), 0), side - 1);
-      cell = negative ? (signed_ ? cell + side : 0) : cell;
-      const unsigned entry = storage_->entries[cell];
-      const int base = static_cast<int>(entry >> 24);
-      const bool crossed = (bits & low_mask()) >= (entry & 0xffffffu) && (signed_ || !negative);
-      const int rank = crossed ? (negative ? base - 1 : base + 1) : base;
-      words[i / 4] |= static_cast<unsigned>(scaled[i] == scaled[i] ? rank : 0) << (8 * (i % 4));
+      words[i / 4] |= code_of(storage, scaled.values[i]) << (8 * (i % 4));
+    }
+    Vector<uint8_t, kCount> codes;
+    memcpy(&codes, words, sizeof codes);
+    return codes;
+  }
+
+  template <bool kSigned, int kCount>
+  __device__ __forceinline__ void look_up(const float (&values)[kCount], float inverse, unsigned* words) const {
+    using Layout = Cells<kSigned>;
+    unsigned sums[kCount];
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      const float scaled = values[i] * inverse;
+      const unsigned bits = bnb::bits_of(fmaxf(kSigned ? fabsf(scaled) : scaled, bnb::float_of(kSmallest)));
+      // All bits of a negative value.
+      const int negative = kSigned ? static_cast<int>(bnb::bits_of(scaled)) >> 31 : 0;
+      const int cell = static_cast<int>(bits >> Layout::kShift) - Layout::kFirst + (negative & Layout::kSide);
+      sums[i] = storage_->entries[cell] + ((bits ^ static_cast<unsigned>(negative)) & Layout::kPlaces);
+    }
+#pragma unroll
+    for (int i = 0; i < kCount; i += 4) {
+      if constexpr (kCount % 4 == 0) {
+        const unsigned low = __byte_perm(sums[i], sums[i + 1], 0x0073),
+                       high = __byte_perm(sums[i + 2], sums[i + 3], 0x0073);
+        words[i / 4] = __byte_perm(low, high, 0x5410);
+      } else {
+        words[i / 4] = sums[i] >> 24;
+      }
     }
   }
 
-  __device__ __forceinline__ int cells_per_side() const { return (kOctaves << (23 - shift_)) + 1; }
-  __device__ __forceinline__ int first_cell() const { return (127 - kOctaves) << (23 - shift_); }
-  __device__ __forceinline__ unsigned low_mask() const { return (1u << shift_) - 1; }
-  __device__ float low_end(int cell) const {
-    return cell == 0 ? 0.0f : bnb::float_of(static_cast<unsigned>(cell + first_cell()) << shift_);
+  // Writes this thread's entries; whether one boundary at most lies in each of these cells.
+  template <bool kSigned>
+  __device__ bool fill(Storage& storage) const {
+    using Layout = Cells<kSigned>;
+    bool fits =
+        boundaries_below(kSigned ? -bnb::float_of(kSmallest) : 0.0f) == boundaries_below(bnb::float_of(kSmallest));
+    fits = fits && boundaries_below(1.0f) == boundaries_below(bnb::float_of(0x7f800000u));
+    fits = fits && (kSigned ? boundaries_below(-1.0f) == 0 : boundaries_below(0.0f) == 0);
+    // A thread fills neighbouring cells: one search, then a walk along the boundaries.
+    constexpr int kTotal = (kSigned ? 2 : 1) * Layout::kSide;
+    const int share = (kTotal + blockDim.x - 1) / blockDim.x, first = threadIdx.x * share;
+    int rank = 0;
+    for (int i = first; i < min(first + share, kTotal); ++i) {
+      const bool negative = i >= Layout::kSide;
+      const int cell = negative ? i - Layout::kSide : i;
+      const unsigned nearest = static_cast<unsigned>(cell + Layout::kFirst) << Layout::kShift;
+      const unsigned farthest = cell + 1 == Layout::kSide ? nearest : nearest | Layout::kPlaces;
+      const float near = bnb::float_of(nearest), far = bnb::float_of(farthest);
+      // Boundaries below the end of the cell next to zero, then below the other one.
+      const float begin = negative ? -near : near, end = negative ? -far : far;
+      rank = i == first || cell == 0 ? boundaries_below(begin) : walk(rank, begin);
+      const int before = rank;
+      rank = walk(rank, end);
+      const int base = min(before, rank), crossings = max(before, rank) - base;
+      fits = fits && crossings <= 1;
+      unsigned distance = 0;
+      if (crossings > 0) {
+        // The first place whose value is above the boundary.
+        const unsigned place = bnb::bits_of(storage.boundaries[base]) & Layout::kPlaces;
+        distance = (1u << 24) - (negative ? Layout::kPlaces - place : place) - 1;
+      }
+      storage.entries[i] = (static_cast<unsigned>(base) << 24) + distance;
+    }
+    return fits;
   }
-  // The smallest number above -x.
-  __device__ static float above_minus(float x) {
-    return x == 0.0f ? bnb::float_of(1u) : -bnb::float_of(bnb::bits_of(x) - 1);
-  }
+
   __device__ static float float_below(float value) {
     const unsigned bits = bnb::bits_of(value);
     if (value > 0.0f) {
@@ -150,17 +184,31 @@ class Encoder8 {
     }
     return bnb::float_of(value == 0.0f ? 0x80000001u : bits + 1);
   }
-  __device__ int boundaries_below(float value) const {
+  __device__ static int boundaries_below(const Storage& storage, float value) {
     int rank = 0;
     for (int step = 128; step > 0; step >>= 1) {
-      rank += storage_->boundaries[rank + step - 1] < value ? step : 0;
+      rank += storage.boundaries[rank + step - 1] < value ? step : 0;
+    }
+    return rank;
+  }
+  __device__ int boundaries_below(float value) const { return boundaries_below(*storage_, value); }
+  __device__ static unsigned code_of(const Storage& storage, float scaled) {
+    return scaled == scaled ? static_cast<unsigned>(boundaries_below(storage, scaled)) : 0u;
+  }
+
+  // The same from the number for a value near by.
+  __device__ int walk(int rank, float value) const {
+    while (rank < 255 && storage_->boundaries[rank] < value) {
+      ++rank;
+    }
+    while (rank > 0 && !(storage_->boundaries[rank - 1] < value)) {
+      --rank;
     }
     return rank;
   }
 
   const Storage* storage_;
-  int shift_;
-  bool signed_;
+  bool signed_, crowded_;
 };
 
 }  // namespace bnb_gpu

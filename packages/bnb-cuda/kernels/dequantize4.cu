@@ -11,16 +11,20 @@ namespace bnb_gpu {
 namespace {
 
 constexpr int kThreads = 256;
+// Values of a lane in a row of a table.
 constexpr int kPerLane = 8;
-constexpr int kPerGroup = kPerLane * kLanes;
-constexpr int kUnroll = 4;
-
-// The 8 values of four bytes. All lanes of a group must call this together.
+// Values of a lane in a tensor: one store of 16 bytes, so that the stores of a group leave no gaps.
 template <class T>
-__device__ __forceinline__ Vector<T, kPerLane> decode(unsigned word, float table, float scale) {
-  Vector<T, kPerLane> values;
+constexpr int kOwn = 16 / sizeof(T);
+// Values of a lane that are on their way at once.
+constexpr int kInTurn = 32;
+
+// The values of as many halves of bytes. All lanes of a group must call this together.
+template <class T, int kCount>
+__device__ __forceinline__ Vector<T, kCount> decode(unsigned word, float table, float scale) {
+  Vector<T, kCount> values;
 #pragma unroll
-  for (int i = 0; i < kPerLane; ++i) {
+  for (int i = 0; i < kCount; ++i) {
     const unsigned code = word >> (i % 2 == 0 ? 4 * i + 4 : 4 * i - 4) & 0xfu;
     values.values[i] = from_float<T>(shuffle(table, static_cast<int>(code)) * scale);
   }
@@ -28,19 +32,27 @@ __device__ __forceinline__ Vector<T, kPerLane> decode(unsigned word, float table
 }
 
 template <class T>
-__device__ __forceinline__ void store_values(T* out, int64_t begin, int64_t count, const Vector<T, kPerLane>& values) {
-  if (begin + kPerLane <= count) {
-    store_streaming<T, kPerLane>(out + begin, values);
+__device__ __forceinline__ void store_values(T* out, int64_t begin, int64_t count, const Vector<T, kOwn<T>>& values) {
+  if (begin + kOwn<T> <= count) {
+    store_streaming<T, kOwn<T>>(out + begin, values);
     return;
   }
-  for (int i = 0; begin + i < count; ++i) {
-    out[begin + i] = values.values[i];
+#pragma unroll
+  for (int i = 0; i < kOwn<T>; ++i) {
+    if (begin + i < count) {
+      out[begin + i] = values.values[i];
+    }
   }
 }
 
+template <int kCount>
 __device__ __forceinline__ unsigned load_codes(const uint8_t* packed, int64_t begin, int64_t count) {
-  if (begin + kPerLane <= count) {
-    return __ldcs(reinterpret_cast<const unsigned*>(packed + begin / 2));
+  if (begin + kCount <= count) {
+    if constexpr (kCount == 8) {
+      return __ldcs(reinterpret_cast<const unsigned*>(packed + begin / 2));
+    } else {
+      return __ldcs(reinterpret_cast<const unsigned short*>(packed + begin / 2));
+    }
   }
   unsigned word = 0;
   for (int i = 0; begin + 2 * i < count; ++i) {
@@ -61,21 +73,21 @@ __global__ void __launch_bounds__(kThreads)
   }
   const int lane = threadIdx.x % kLanes, group = threadIdx.x / kLanes;
   const float table = Tables4<kType>::value(lane % 16);
-  constexpr int kTile = kThreads * kPerLane * kUnroll;
+  constexpr int kTile = kThreads * kInTurn, kPerGroup = kOwn<T> * kLanes, kUnroll = kInTurn / kOwn<T>;
   for (int64_t tile = static_cast<int64_t>(blockIdx.x) * kTile; tile < count;
        tile += static_cast<int64_t>(gridDim.x) * kTile) {
-    const int64_t begin = tile + group * (kPerGroup * kUnroll) + lane * kPerLane;
+    const int64_t begin = tile + group * (kLanes * kInTurn) + lane * kOwn<T>;
     unsigned words[kUnroll];
     float scales[kUnroll];
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       const int64_t first = begin + u * kPerGroup;
-      words[u] = load_codes(packed, first, count);
+      words[u] = load_codes<kOwn<T>>(packed, first, count);
       scales[u] = first < count ? scale_of(first >> block_shift) : 0.0f;
     }
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
-      store_values(out, begin + u * kPerGroup, count, decode<T>(words[u], table, scales[u]));
+      store_values(out, begin + u * kPerGroup, count, decode<T, kOwn<T>>(words[u], table, scales[u]));
     }
   }
 }
@@ -125,7 +137,7 @@ __global__ void __launch_bounds__(kThreads)
     const unsigned word = __ldg(reinterpret_cast<const unsigned*>(packed + first / 2));
     // A look-up outside of the table gives NaN: there is nobody on the device to raise an error.
     const float scale = valid ? scale_of(first >> block_shift) : bnb::float_of(0x7fc00000u);
-    const Vector<T, kPerLane> values = decode<T>(word, table, scale);
+    const Vector<T, kPerLane> values = decode<T, kPerLane>(word, table, scale);
     if (active) {
       *reinterpret_cast<Vector<T, kPerLane>*>(out + lookup * width + column) = values;
     }
@@ -186,7 +198,7 @@ void dequantize_4bit(const Launch& launch, const uint8_t* packed, const Statisti
         constexpr int kType = decltype(quant)::value;
         constexpr bool kNested = decltype(nested)::value;
         if (shift >= 3) {
-          const unsigned grid = launch.grid(ceil_div(count, kThreads * kPerLane * kUnroll), 32);
+          const unsigned grid = launch.grid(ceil_div(count, kThreads * kInTurn), 32);
           dequantize4<T, kType, kNested><<<grid, kThreads, 0, launch.stream()>>>(packed, statistics, count, shift,
                                                                                  nested_shift, static_cast<T*>(out));
         } else {

@@ -13,16 +13,6 @@
 
 namespace bnb_gpu {
 
-#ifdef BNB_HIP
-#define BNB_DEVICE_ARCH 0
-#else
-#ifdef __CUDA_ARCH__
-#define BNB_DEVICE_ARCH __CUDA_ARCH__
-#else
-#define BNB_DEVICE_ARCH 0
-#endif
-#endif
-
 // Pairs of decoded values by byte, one copy per lane: no two lanes of a group share a bank.
 constexpr int kPairTableBytes = 256 * kLanes * 4;
 

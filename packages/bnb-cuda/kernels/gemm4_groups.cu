@@ -1,247 +1,386 @@
 // Products of a 4-bit weight with 17 and more rows of activations on compute capability 9.0.
 //
-// A thread block computes 128 rows of the weight times 32 or 64 rows of activations with four groups of
-// four warps: two share the rows, two take chunks of 64 columns in turn. Codes and activations pass
-// through a ring in shared memory. A group decodes one chunk into registers, the left operand of the
-// matrix units, while these multiply the chunk before; the right operand stays in shared memory. Sums
-// over a block of the weight are scaled in float32. Where a grid of such tiles would leave
-// multiprocessors idle, the thread blocks of a cluster split the columns.
+// A thread block computes tiles of 128 rows of the weight times 32, 64 or 128 rows of activations. One warp has
+// the copy engine bring codes and activations into a ring in shared memory, 128 columns per stage. Groups of four
+// warps decode codes into registers, the left operand of the matrix units, half a chunk while these multiply the
+// half before; the right operand stays in shared memory. Sums over a block of the weight are scaled in float32.
+// Two groups share the rows of a tile and, with few activations, two the columns of a stage. Where a grid of tiles
+// would leave multiprocessors idle, the thread blocks of a cluster split the columns; otherwise a thread block takes
+// tiles in turn.
 #include <type_traits>
 
 #include "gemm4.h"
+#include "tensor_map.h"
 #include "wgmma.h"
 
 #ifndef BNB_HIP
 #include <cooperative_groups.h>
-#endif
 
 namespace bnb_gpu {
 namespace {
 
 constexpr int kRowGroups = 2;
-constexpr int kDepthGroups = 2;
 constexpr int kGroupThreads = 4 * kLanes;
-constexpr int kThreads = kRowGroups * kDepthGroups * kGroupThreads;
 constexpr int kRows = 64 * kRowGroups;
 constexpr int kChunk = 64;
-constexpr int kStep = kDepthGroups * kChunk;  // columns per step of the thread block
-constexpr int kStages = 6;
-// Steps between a copy and its use: one less than the ring allows, as a stage that is read is still in
-// use during the next step.
-constexpr int kAhead = kStages - 2;
-// The padding of 16 bytes puts the words of eight rows into different banks.
-constexpr int kCodePitch = kStep / 2 + 16;
-constexpr int kCodeStage = kRows * kCodePitch;
-constexpr int kSumPitch = kRows + 4;
+constexpr int kHalf = kChunk / 2;
+constexpr int kStep = 2 * kChunk;  // columns of a stage
+constexpr int kCodePitch = kStep / 2;
+constexpr int kCodeBytes = kRows * kCodePitch;
+constexpr int kSharedLimit = 226 * 1024;
 
 template <int kTokens>
-struct SharedLayout {
-  static constexpr int kTile = kTokens * kSwizzledRowBytes;  // activations of one chunk
-  static constexpr int kCodes = kStages * kDepthGroups * kTile;
-  static constexpr int kTable = kCodes + kStages * kCodeStage;
+struct Shape {
+  // Groups that share the columns of a stage.
+  static constexpr int kDepthGroups = kTokens <= 64 ? 2 : 1;
+  static constexpr int kMathThreads = kRowGroups * kDepthGroups * kGroupThreads;
+  static constexpr int kThreads = kMathThreads + kGroupThreads;
+  // Registers move from the warps that copy to those that multiply.
+  static constexpr int kCopyRegisters = kDepthGroups > 1 ? 32 : 24, kMathRegisters = kDepthGroups > 1 ? 112 : 240;
+  static constexpr int kTileBytes = kTokens * kSwizzledRowBytes;  // activations of one chunk
+  static constexpr int kStageBytes = kCodeBytes + 2 * kTileBytes;
+  static constexpr int kSumPitch = kRows + 4;
+  static constexpr int kExchangeBytes = kDepthGroups > 1 ? kTokens * kSumPitch * 4 : 0;
+  static constexpr int kFixedBytes = kPairTableBytes + 256 * 4 + kExchangeBytes + 256;
+  static constexpr int kFit = (kSharedLimit - kFixedBytes) / kStageBytes;
+  static constexpr int kStages = kFit < 8 ? kFit : 8;
+  static constexpr int kTable = kStages * kStageBytes;
   static constexpr int kNestedCode = kTable + kPairTableBytes;
-  static constexpr int kBytes = kNestedCode + 256 * 4;
-  static_assert(kTokens * kSumPitch * 4 <= kCodes, "the sums take the place of the activations");
+  static constexpr int kExchange = kNestedCode + 256 * 4;
+  static constexpr int kBarriers = kExchange + kExchangeBytes;
+  static constexpr int kBytes = kBarriers + 256;
+  static_assert(kTokens * kSumPitch * 4 <= kTable, "the sums of a cluster take the place of the ring");
+};
+
+// The products of a call, and what of them a thread block computes.
+struct Problem {
+  int m, n, k;
+  int splits;  // thread blocks of a cluster, each with a share of the columns
+  int block_shift, nested_shift;
+  const void* bias;
+  int bias_dtype;
+};
+
+// Has some of the warps wait for each other.
+__device__ __forceinline__ void synchronize_some(int barrier, int threads) {
+#if BNB_WGMMA
+  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+#endif
+}
+
+// All warps of a group of four call these, right after their kind of work is known.
+template <int kCount>
+__device__ __forceinline__ void keep_fewer_registers() {
+#if BNB_WGMMA
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kCount));
+#endif
+}
+
+template <int kCount>
+__device__ __forceinline__ void take_more_registers() {
+#if BNB_WGMMA
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kCount));
+#endif
+}
+
+// The part of a lane in decoding: byte t of each word of rows g and g + 8, through its own copy of the table.
+struct Decoder {
+  const unsigned char* table;  // of this lane
+  unsigned selector;
+
+  __device__ __forceinline__ unsigned pair(unsigned word) const {
+    const unsigned byte = __byte_perm(word, 0, selector);
+    return *reinterpret_cast<const unsigned*>(table + byte * (kLanes * 4));
+  }
+
+  // `codes`: those of row g in half a chunk.
+  __device__ __forceinline__ void operator()(unsigned (&left)[kHalf / 16][4], const unsigned char* codes) const {
+    unsigned words[2][4];
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const uint4 four = *reinterpret_cast<const uint4*>(codes + h * 8 * kCodePitch);
+      words[h][0] = four.x;
+      words[h][1] = four.y;
+      words[h][2] = four.z;
+      words[h][3] = four.w;
+    }
+#pragma unroll
+    for (int i = 0; i < kHalf / 16; ++i) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        left[i][j] = pair(words[j % 2][2 * i + j / 2]);
+      }
+    }
+  }
 };
 
 template <class T, int kType, bool kNested, int kTokens>
-__global__ void __launch_bounds__(kThreads, 1)
-    gemm4_groups(const T* __restrict__ a, int m, int n, int k, const uint8_t* __restrict__ packed,
-                 const Statistics statistics, int block_shift, int nested_shift, const void* __restrict__ bias,
-                 int bias_dtype, T* __restrict__ out) {
+__global__ void __launch_bounds__(Shape<kTokens>::kThreads, 1)
+    gemm4_groups(const __grid_constant__ CUtensorMap activations, const __grid_constant__ CUtensorMap weight,
+                 const Problem problem, const Statistics statistics, T* __restrict__ out) {
 #if BNB_WGMMA
-  using Layout = SharedLayout<kTokens>;
+  using Layout = Shape<kTokens>;
   using Scale = BlockScale<kNested, true>;
+  constexpr int kDepthGroups = Layout::kDepthGroups, kStages = Layout::kStages;
   constexpr int kSums = kTokens / 2;
   extern __shared__ __align__(1024) unsigned char shared[];
-  const unsigned char* table = shared + Layout::kTable;
+  uint64_t* full = reinterpret_cast<uint64_t*>(shared + Layout::kBarriers);
+  uint64_t* drained = full + kStages;
 
-  const int lane = threadIdx.x % kLanes, group = threadIdx.x / kGroupThreads;
-  const int row_group = group % kRowGroups, depth_group = group / kRowGroups;
-  const int g = lane / 4, t = lane % 4;
-  const unsigned lane_offset = 4 * lane;
-  const int splits = gridDim.x, split = blockIdx.x;
-  const int first_row = blockIdx.y * kRows, first_token = blockIdx.z * kTokens;
+  const int m = problem.m, n = problem.n, k = problem.k, splits = problem.splits;
+  const int split = static_cast<int>(blockIdx.x) % splits;
+  const int token_tiles = (m + kTokens - 1) / kTokens, tiles = (n + kRows - 1) / kRows * token_tiles;
+  const int first_tile = static_cast<int>(blockIdx.x) / splits;
+  const int tile_stride = splits > 1 ? tiles : static_cast<int>(gridDim.x);
   const int steps_total = (k + kStep - 1) / kStep;
   const int begin = static_cast<int>(static_cast<int64_t>(steps_total) * split / splits);
-  const int end = static_cast<int>(static_cast<int64_t>(steps_total) * (split + 1) / splits);
-
-  // Beyond the end, zeros: the loop takes an even number of steps.
-  const auto stage = [&](int step) {
-    const int slot = (step - begin) % kStages;
-    unsigned char* activations = shared + slot * kDepthGroups * Layout::kTile;
-    constexpr int kPieces = kStep / 8;  // of 16 bytes in a row of activations
-#pragma unroll
-    for (int i = threadIdx.x; i < kTokens * kPieces; i += kThreads) {
-      const int token = i / kPieces, piece = i % kPieces, column = step * kStep + piece * 8;
-      const bool valid = first_token + token < m && column < k && step < end;
-      const T* from = valid ? a + static_cast<int64_t>(first_token + token) * k + column : a;
-      copy_async(activations + piece / 8 * Layout::kTile + swizzled(token, piece % 8), from, valid);
-    }
-    constexpr int kCodePieces = kStep / 32;
-    static_assert(kRows * kCodePieces == kThreads, "one piece of codes per thread");
-    const int row = threadIdx.x / kCodePieces, piece = threadIdx.x % kCodePieces;
-    const int column = step * kStep + piece * 32;
-    const bool valid = column < k && step < end;
-    const int64_t element = static_cast<int64_t>(min(first_row + row, n - 1)) * k + column;
-    copy_async(shared + Layout::kCodes + slot * kCodeStage + row * kCodePitch + piece * 16,
-               valid ? packed + element / 2 : packed, valid);
-    commit_copies();
+  const int steps = static_cast<int>(static_cast<int64_t>(steps_total) * (split + 1) / splits) - begin;
+  // Thread blocks begin at different columns, or all of them would want the same activations at once.
+  const auto rotation_of = [&](int tile) { return tile / token_tiles * 3 % steps; };
+  const auto column_of = [&](int rotation, int step) {
+    const int place = step + rotation;
+    return (begin + (place >= steps ? place - steps : place)) * kStep;
   };
+  const int warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
+  constexpr int kMathWarps = Layout::kMathThreads / kLanes;
 
-#pragma unroll
-  for (int s = 0; s < kAhead; ++s) {
-    stage(begin + s);
-  }
-
-  const Scale scale_of(statistics, reinterpret_cast<float*>(shared + Layout::kNestedCode), nested_shift);
-  const int own_row = row_group * 64 + threadIdx.x % kGroupThreads / kLanes * 16 + g;
-  int64_t row_begin[2];
-#pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    row_begin[h] = static_cast<int64_t>(min(first_row + own_row + 8 * h, n - 1)) * k;
-  }
-  typename Scale::Stored scales[2][2];
-  const auto fetch_scales = [&](int slot, int step) {
-    const int column = step * kStep + depth_group * kChunk;
-    const bool valid = step < end && column < k;
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      scales[slot][h] = scale_of.fetch((row_begin[h] + (valid ? column : 0)) >> block_shift);
-      scales[slot][h].absmax = valid ? scales[slot][h].absmax : 0.0f;
+  if (warp == kMathWarps && lane == 0) {
+    for (int s = 0; s < kStages; ++s) {
+      initialize(full + s, 1);
+      initialize(drained + s, kMathWarps);
     }
-  };
-  fetch_scales(0, begin);
-  fetch_scales(1, begin + 1);
-  build_pair_table<T, kType>(reinterpret_cast<unsigned*>(shared + Layout::kTable));
-
-  float sums[kSums] = {};
-  float block[kSums];
-  // Adds the products of a step, once the matrix units are through with it.
-  const auto add_block = [&](int slot, int next_step) {
-    wait_for_products(block);
-    const float upper = scale_of.value(scales[slot][0]), lower = scale_of.value(scales[slot][1]);
-#pragma unroll
-    for (int i = 0; i < kSums; ++i) {
-      sums[i] = __fmaf_rn(block[i], i % 4 < 2 ? upper : lower, sums[i]);
-    }
-    fetch_scales(slot, next_step);
-  };
-
-  // With 64 tokens, registers for the next operand are short: other groups fill the matrix units then.
-  constexpr bool kOverlaps = kTokens <= 32;
-  unsigned left[kOverlaps ? 2 : 1][kChunk / 16][4];
-  const auto enter = [&](int step) {
-    wait_for_copies<kAhead - 1>();
+    publish_barriers();
     publish_to_matrix_units();
-    __syncthreads();
-    stage(step + kAhead);
-  };
-  const auto decode = [&](int d, int step) {
-    const unsigned char* codes = shared + Layout::kCodes + (step - begin) % kStages * kCodeStage +
-                                 own_row * kCodePitch + depth_group * (kChunk / 2) + t;
-#pragma unroll
-    for (int i = 0; i < kChunk / 16; ++i) {
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        // Rows g and g + 8; columns 2 t and 2 t + 8 of a product: byte t of a word each.
-        const unsigned byte = codes[(j % 2) * 8 * kCodePitch + (2 * i + j / 2) * 4];
-        left[kOverlaps ? d : 0][i][j] = *reinterpret_cast<const unsigned*>(table + (byte << 7 | lane_offset));
+  }
+  const Scale scale_of(statistics, reinterpret_cast<float*>(shared + Layout::kNestedCode), problem.nested_shift);
+  build_pair_table<T, kType>(reinterpret_cast<unsigned*>(shared + Layout::kTable));
+  __syncthreads();
+
+  auto cluster = cooperative_groups::this_cluster();
+  if (warp >= kMathWarps) {
+    keep_fewer_registers<Layout::kCopyRegisters>();
+    if (warp == kMathWarps && lane == 0) {
+      RingPlace<kStages> place;
+      for (int tile = first_tile; tile < tiles; tile += tile_stride) {
+        const int row = tile / token_tiles * kRows, token = tile % token_tiles * kTokens;
+        const int rotation = rotation_of(tile);
+        for (int step = 0; step < steps; ++step) {
+          unsigned char* stage = shared + place.slot * Layout::kStageBytes;
+          uint64_t* barrier = full + place.slot;
+          const int column = column_of(rotation, step);
+          wait(drained + place.slot, place.parity ^ 1);
+          arrive_expecting(barrier, Layout::kStageBytes);
+          copy_box(stage + 2 * Layout::kTileBytes, weight, column / 2, row, barrier);
+          copy_box(stage, activations, column, token, barrier);
+          copy_box(stage + Layout::kTileBytes, activations, column + kChunk, token, barrier);
+          place.advance();
+        }
       }
     }
-  };
-  const auto multiply = [&](int d, int step) {
-    const int tile = (step - begin) % kStages * kDepthGroups + depth_group;
-    const uint64_t right = tile_descriptor(shared + tile * Layout::kTile);
-    begin_products();
+    __syncwarp();
+    if (splits > 1) {
+      cluster.sync();
+      cluster.sync();
+    }
+  } else {
+    take_more_registers<Layout::kMathRegisters>();
+    float sums[kSums];
+    const int group = threadIdx.x / kGroupThreads, row_group = group % kRowGroups, depth = group / kRowGroups;
+    const int g = lane / 4, t = lane % 4;
+    const int own_row = row_group * 64 + warp % 4 * 16 + g;
+    const Decoder decode{shared + Layout::kTable + 4 * lane, 0x4440u | t};
+    RingPlace<kStages> place;
+    float block[kSums];
+    // The left operands of both halves of a chunk: one is decoded while the other one is multiplied.
+    unsigned left[2][kHalf / 16][4];
+    const auto decode_half = [&](int half, int slot, int chunk) {
+      decode(left[half], shared + slot * Layout::kStageBytes + 2 * Layout::kTileBytes + own_row * kCodePitch +
+                             chunk * (kChunk / 2) + half * (kHalf / 2));
+    };
+    const auto multiply_half = [&](int half, int slot, int chunk) {
+      const uint64_t right = tile_descriptor(shared + slot * Layout::kStageBytes + chunk * Layout::kTileBytes);
+      begin_products();
 #pragma unroll
-    for (int i = 0; i < kChunk / 16; ++i) {
-      multiply_group<T>(block, left[kOverlaps ? d : 0][i], right + 2 * i, i > 0);
-    }
-    commit_products();
-  };
+      for (int i = 0; i < kHalf / 16; ++i) {
+        multiply_group<T>(block, left[half][i], right + 2 * (i + half * (kHalf / 16)), half + i > 0);
+      }
+      commit_products();
+    };
+    const auto release = [&] {
+      __syncwarp();
+      if (lane == 0) {
+        arrive(drained + place.slot);
+      }
+      place.advance();
+    };
 
-  // A step, and the sums of the one before it.
-  const auto take = [&](int d, int step) {
-    enter(step);
-    if (!kOverlaps) {
-      add_block(1 - d, step + 1);
-    }
-    decode(d, step);
-    if (kOverlaps) {
-      add_block(1 - d, step + 1);
-    }
-    multiply(d, step);
-  };
-
-  const int last = begin + max(2, (end - begin + 1) / 2 * 2) - 1;
-  enter(begin);
-  decode(0, begin);
-  multiply(0, begin);
-  for (int step = begin + 1; step < last; step += 2) {
-    take(1, step);
-    take(0, step + 1);
-  }
-  take(1, last);
-  add_block(1, end);
-
-  // Sum over the two halves of the block, then over the cluster, in shared memory: token by row.
-  wait_for_copies<0>();
-  __syncthreads();
-  float* total = reinterpret_cast<float*>(shared);
+    for (int tile = first_tile; tile < tiles; tile += tile_stride) {
+      const int first_row = tile / token_tiles * kRows, first_token = tile % token_tiles * kTokens;
+      // Statistics of four chunks at a time, one per lane of four, and those of the next four on their way.
+      constexpr int kPerStep = 2 / kDepthGroups;
+      const int rotation = rotation_of(tile);
+      int64_t row_begin[2];
 #pragma unroll
-  for (int half = 0; half < kDepthGroups; ++half) {
-    if (depth_group == half) {
+      for (int h = 0; h < 2; ++h) {
+        row_begin[h] = static_cast<int64_t>(min(first_row + own_row + 8 * h, n - 1)) * k;
+      }
+      typename Scale::Stored coming[2];
+      float current[2];
+      const auto fetch_scales = [&](int item) {
+        const int own = min(item + t, steps * kPerStep - 1);
+        const int column = column_of(rotation, own / kPerStep) + (kDepthGroups > 1 ? depth : own % kPerStep) * kChunk;
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          coming[h] = scale_of.fetch((row_begin[h] + min(column, k - 1)) >> problem.block_shift);
+        }
+      };
+      // Adds the products of a chunk, once the matrix units are through with it.
+      const auto add_block = [&](int item) {
+        if (item % 4 == 0) {
+          current[0] = scale_of.value(coming[0]);
+          current[1] = scale_of.value(coming[1]);
+          fetch_scales(item + 4);
+        }
+        const int from = (lane & ~3) | (item & 3);
+        const float upper = shuffle(current[0], from), lower = shuffle(current[1], from);
+        wait_for_products(block);
+#pragma unroll
+        for (int i = 0; i < kSums; ++i) {
+          sums[i] = __fmaf_rn(block[i], i % 4 < 2 ? upper : lower, sums[i]);
+        }
+      };
+      fetch_scales(0);
 #pragma unroll
       for (int i = 0; i < kSums; ++i) {
-        const int row = own_row + 8 * (i % 4 / 2), token = 8 * (i / 4) + 2 * t + i % 2;
-        float& cell = total[token * kSumPitch + row];
-        cell = half == 0 ? sums[i] : cell + sums[i];
+        sums[i] = 0.0f;
+      }
+
+      const int items = steps * kPerStep;
+      wait(full + place.slot, place.parity);
+      decode_half(0, place.slot, kDepthGroups > 1 ? depth : 0);
+      for (int item = 0; item < items; item += kPerStep) {
+#pragma unroll
+        for (int c = 0; c < kPerStep; ++c) {
+          const int chunk = kDepthGroups > 1 ? depth : c;
+          multiply_half(0, place.slot, chunk);
+          decode_half(1, place.slot, chunk);
+          multiply_half(1, place.slot, chunk);
+          wait_for_products_but<1>();
+          if (c + 1 < kPerStep) {
+            decode_half(0, place.slot, c + 1);
+          } else if (item + kPerStep < items) {
+            RingPlace<kStages> next = place;
+            next.advance();
+            wait(full + next.slot, next.parity);
+            decode_half(0, next.slot, kDepthGroups > 1 ? depth : 0);
+          }
+          add_block(item + c);
+        }
+        release();
+      }
+
+      if (splits == 1) {
+        if constexpr (kDepthGroups > 1) {
+          float* exchange = reinterpret_cast<float*>(shared + Layout::kExchange);
+          const auto cell = [&](int i) -> float& {
+            const int token = 8 * (i / 4) + 2 * t + i % 2;
+            return exchange[token * Layout::kSumPitch + own_row + 8 * (i % 4 / 2)];
+          };
+          if (depth == 1) {
+#pragma unroll
+            for (int i = 0; i < kSums; ++i) {
+              cell(i) = sums[i];
+            }
+          }
+          synchronize_some(1 + row_group, kDepthGroups * kGroupThreads);
+          if (depth == 0) {
+#pragma unroll
+            for (int i = 0; i < kSums; ++i) {
+              sums[i] += cell(i);
+            }
+          }
+          synchronize_some(1 + row_group, kDepthGroups * kGroupThreads);
+        }
+        if (depth == 0) {
+          float bias[2];
+#pragma unroll
+          for (int h = 0; h < 2; ++h) {
+            const int row = first_row + own_row + 8 * h;
+            bias[h] = load_bias(row < n ? problem.bias : nullptr, problem.bias_dtype, row);
+          }
+#pragma unroll
+          for (int i = 0; i < kSums; ++i) {
+            const int token = first_token + 8 * (i / 4) + 2 * t + i % 2, row = first_row + own_row + 8 * (i % 4 / 2);
+            if (token < m && row < n) {
+              out[static_cast<int64_t>(token) * n + row] = from_float<T>(sums[i] + bias[i % 4 / 2]);
+            }
+          }
+        }
       }
     }
-    __syncthreads();
-  }
-  auto cluster = cooperative_groups::this_cluster();
-  if (splits > 1) {
-    cluster.sync();
-  }
-  // Each thread block of a cluster finishes its share of the tile.
-  constexpr int kCells = kTokens * kRows;
-  const int share = (kCells / splits + kThreads - 1) / kThreads * kThreads;
-  const int stop = min(kCells, (split + 1) * share);
-  for (int i = split * share + threadIdx.x; i < stop; i += kThreads) {
-    const int token = i / kRows, row = i % kRows;
-    float sum = 0.0f;
-    if (splits == 1) {
-      sum = total[token * kSumPitch + row];
-    } else {
-      for (int s = 0; s < splits; ++s) {
-        sum += cluster.map_shared_rank(total, s)[token * kSumPitch + row];
+    if (splits > 1) {
+      // Sum over the two halves of the stages, then over the cluster, in shared memory: token by row.
+      synchronize_some(3, Layout::kMathThreads);
+      float* total = reinterpret_cast<float*>(shared);
+#pragma unroll
+      for (int half = 0; half < kDepthGroups; ++half) {
+        if (depth == half) {
+#pragma unroll
+          for (int i = 0; i < kSums; ++i) {
+            const int row = own_row + 8 * (i % 4 / 2), token = 8 * (i / 4) + 2 * t + i % 2;
+            float& cell = total[token * Layout::kSumPitch + row];
+            cell = half == 0 ? sums[i] : cell + sums[i];
+          }
+        }
+        synchronize_some(3, Layout::kMathThreads);
       }
+      cluster.sync();
+      // Each thread block of a cluster finishes its share of the tile.
+      constexpr int kCells = kTokens * kRows;
+      const int first_row = first_tile / token_tiles * kRows, first_token = first_tile % token_tiles * kTokens;
+      const int share = (kCells / splits + kRows - 1) / kRows * kRows;
+      const int stop = min(kCells, (split + 1) * share);
+      for (int i = split * share + static_cast<int>(threadIdx.x); i < stop; i += Layout::kMathThreads) {
+        const int token = i / kRows, row = i % kRows;
+        float sum = 0.0f;
+        for (int s = 0; s < splits; ++s) {
+          sum += cluster.map_shared_rank(total, s)[token * Layout::kSumPitch + row];
+        }
+        if (first_row + row < n && first_token + token < m) {
+          out[static_cast<int64_t>(first_token + token) * n + first_row + row] =
+              from_float<T>(sum + load_bias(problem.bias, problem.bias_dtype, first_row + row));
+        }
+      }
+      cluster.sync();
     }
-    if (first_row + row < n && first_token + token < m) {
-      out[static_cast<int64_t>(first_token + token) * n + first_row + row] =
-          from_float<T>(sum + load_bias(bias, bias_dtype, first_row + row));
-    }
-  }
-  if (splits > 1) {
-    cluster.sync();
   }
 #endif
 }
 
 template <class T, int kType, bool kNested, int kTokens>
 void run(const Launch& launch, const Gemm4& p, int split) {
-#ifndef BNB_HIP
+  using Layout = Shape<kTokens>;
   const auto kernel = gemm4_groups<T, kType, kNested, kTokens>;
-  constexpr int kShared = SharedLayout<kTokens>::kBytes;
   static SharedMemoryLimit limit;
-  limit.raise(launch, reinterpret_cast<const void*>(kernel), kShared);
+  limit.raise(launch, reinterpret_cast<const void*>(kernel), Layout::kBytes);
+  constexpr auto kElement =
+      std::is_same_v<T, half_t> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+  const CUtensorMap activations = matrix_map(p.a, kElement, 2, p.m, p.k, kTokens, kChunk, true);
+  const CUtensorMap weight =
+      matrix_map(p.packed, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, p.n, p.k / 2, kRows, kCodePitch, false);
+  const Problem problem{static_cast<int>(p.m),
+                        static_cast<int>(p.n),
+                        static_cast<int>(p.k),
+                        split,
+                        exact_log2(p.blocksize),
+                        exact_log2(p.statistics.nested_blocksize),
+                        p.bias,
+                        p.bias_dtype};
+  const int64_t tiles = ceil_div(p.n, kRows) * ceil_div(p.m, kTokens);
   cudaLaunchConfig_t config = {};
-  config.gridDim =
-      dim3(split, static_cast<unsigned>(ceil_div(p.n, kRows)), static_cast<unsigned>(ceil_div(p.m, kTokens)));
-  config.blockDim = dim3(kThreads);
-  config.dynamicSmemBytes = kShared;
+  config.gridDim = dim3(split > 1 ? static_cast<unsigned>(tiles * split) : launch.grid(tiles, 1));
+  config.blockDim = dim3(Layout::kThreads);
+  config.dynamicSmemBytes = Layout::kBytes;
   config.stream = launch.stream();
   cudaLaunchAttribute attribute = {};
   attribute.id = cudaLaunchAttributeClusterDimension;
@@ -250,11 +389,8 @@ void run(const Launch& launch, const Gemm4& p, int split) {
   attribute.val.clusterDim.z = 1;
   config.attrs = &attribute;
   config.numAttrs = split > 1 ? 1 : 0;
-  check(cudaLaunchKernelEx(&config, kernel, static_cast<const T*>(p.a), static_cast<int>(p.m), static_cast<int>(p.n),
-                           static_cast<int>(p.k), p.packed, p.statistics, exact_log2(p.blocksize),
-                           exact_log2(p.statistics.nested_blocksize), p.bias, p.bias_dtype, static_cast<T*>(p.out)),
+  check(cudaLaunchKernelEx(&config, kernel, activations, weight, problem, p.statistics, static_cast<T*>(p.out)),
         "gemm_4bit");
-#endif
 }
 
 }  // namespace
@@ -266,7 +402,13 @@ void gemm_4bit_groups(const Launch& launch, const Gemm4& p, int split) {
         using T = typename decltype(type)::type;
         constexpr int kType = decltype(quant)::value;
         constexpr bool kNested = decltype(nested)::value;
-        p.m <= 32 ? run<T, kType, kNested, 32>(launch, p, split) : run<T, kType, kNested, 64>(launch, p, split);
+        if (p.m <= 32) {
+          run<T, kType, kNested, 32>(launch, p, split);
+        } else if (p.m <= 64) {
+          run<T, kType, kNested, 64>(launch, p, split);
+        } else {
+          run<T, kType, kNested, 128>(launch, p, split);
+        }
       });
     });
   });
@@ -274,3 +416,4 @@ void gemm_4bit_groups(const Launch& launch, const Gemm4& p, int split) {
 }
 
 }  // namespace bnb_gpu
+#endif

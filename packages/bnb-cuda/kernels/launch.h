@@ -91,6 +91,24 @@ class SharedMemoryLimit {
   std::atomic<bool> raised_[kMaxDevices] = {};
 };
 
+// Thread blocks of a persistent grid: as many as the device holds at once, so that all of them get the same
+// share of the work, or fewer for little work. Asks the driver once per device; one static object per kernel.
+class ResidentGrid {
+ public:
+  unsigned operator()(const Launch& launch, const void* kernel, int threads, int64_t work) {
+    std::atomic<int>& known = per_processor_[launch.device()];
+    int per_processor = known.load(std::memory_order_relaxed);
+    if (per_processor == 0) {
+      check(gpuOccupancyMaxActiveBlocksPerMultiprocessor(&per_processor, kernel, threads, 0), "asking for occupancy");
+      known.store(per_processor, std::memory_order_relaxed);
+    }
+    return launch.grid(work, per_processor);
+  }
+
+ private:
+  std::atomic<int> per_processor_[kMaxDevices] = {};
+};
+
 inline void check_launch(const char* kernel) { check(gpuGetLastError(), kernel); }
 
 template <class T>

@@ -10,6 +10,7 @@
 #include "block.h"
 #include "codes8.h"
 #include "kernels.h"
+#include "lanes.h"
 
 namespace bnb_gpu {
 
@@ -120,7 +121,7 @@ __device__ __forceinline__ bfloat16_t rounded_at_random(float value, int64_t see
   return from_float<bfloat16_t>(bnb::float_of(bits & 0xffff0000u));
 }
 
-// States of 8 elements in registers, from and to memory. `Storage` says how they are stored.
+// Values of the states of a rule, by element.
 template <bnb::Rule kRule>
 struct Shape {
   static constexpr int kFirst = bnb::first_values(kRule);
@@ -128,6 +129,7 @@ struct Shape {
   static constexpr int kValues = kFirst + kSecond;
 };
 
+// How states are stored, and what a thread block needs to read and write them.
 struct Float32Storage {
   using Element = float;
   static constexpr bool kBlocks = false;
@@ -137,25 +139,196 @@ struct CodeStorage {
   static constexpr bool kBlocks = true;
 };
 
-// `kMeasure`: only the squares of the norms of update and parameter, one pair per unit. `kByTensor`: each
-// parameter has constants of its own; otherwise they stay in the arguments, which costs no registers.
-template <class T, bnb::Rule kRule, class Storage, bool kMeasure, bool kByTensor>
-__global__ void __launch_bounds__(kOptimizerThreads, Storage::kBlocks&& Shape<kRule>::kValues < 3 ? 3 : 2)
-    optimizer_pass(const __grid_constant__ StepArguments a) {
+// Codebooks of the first and the second state in shared memory.
+struct Coders {
+  Encoder8 encoder[2];
+  const float* table[2];
+};
+
+// What a lane has of a block of 256 elements, as it lies in memory: words stay together in registers.
+template <class T, bnb::Rule kRule, class Storage>
+struct Own {
+  Words<T, kOwn> gradient, parameter;
+  Words<typename Storage::Element, kOwn> stored[Shape<kRule>::kValues];
+  float scales[Shape<kRule>::kValues];
+};
+
+using Values = Lanes<kOwn>;
+
+__device__ __forceinline__ bnb::RuleConstants<Values> spread(const bnb::RuleConstants<float>& c) {
+  const auto all = [](float value) { return Values::all(value); };
+  return {all(c.beta1), all(c.beta2), all(c.beta3),       all(c.rest1),
+          all(c.rest2), all(c.rest3), all(c.correction1), all(c.correction2),
+          all(c.alpha), all(c.eps),   all(c.gnorm_scale), all(c.weight_decay),
+          all(c.keep),  all(c.rate),  all(c.rest_alpha),  all(c.now),
+          all(c.later), c.first,      c.coupled};
+}
+
+constexpr unsigned kInfinityBits = 0x7f800000u;
+
+// Bits of the largest magnitude in a block; above infinity's if there is a NaN. Values beyond `count` of a
+// lane do not count.
+__device__ __forceinline__ unsigned largest_bits(const Values& values, int count) {
+  float largest = 0.0f;
+#pragma unroll
+  for (int i = 0; i < kOwn; ++i) {
+    largest = max_or_nan(largest, i < count ? fabsf(values.values[i]) : 0.0f);
+  }
+  return group_max<kLanes>(bnb::bits_of(largest));
+}
+
+// One lane's part of the step. `kPlain`: the block is whole and aligned, every element takes part and rounds
+// to nearest. `kMeasure`: nothing is written, and the squares of update and parameter are added up.
+template <class T, bnb::Rule kRule, class Storage, bool kMeasure, bool kPlain>
+struct BlockStep {
   using Element = typename Storage::Element;
   using Layout = Shape<kRule>;
-  constexpr bool kCodes = Storage::kBlocks;
-  __shared__ Encoder8::Storage encoders[kCodes ? 2 : 1];
-  __shared__ float tables[kCodes ? 2 : 1][256];
-  if constexpr (kCodes) {
-    load_table(tables[0], a.code1, 256);
-    if (Layout::kSecond > 0) {
-      load_table(tables[1], a.code2, 256);
+  using Loaded = Own<T, kRule, Storage>;
+  static constexpr bool kCodes = Storage::kBlocks;
+
+  __device__ static constexpr int state_of(int s) { return s >= Layout::kFirst ? 1 : 0; }
+  __device__ static constexpr int slot_of(int s) { return s >= Layout::kFirst ? s - Layout::kFirst : s; }
+  __device__ static int64_t blocks_of(const Row<T>& row) { return (row.count + kStateBlock - 1) / kStateBlock; }
+
+  template <class E>
+  __device__ __forceinline__ static Words<E, kOwn> load_words(const E* from, int64_t begin, const Row<T>& row) {
+    return kPlain ? load_words_streaming<E, kOwn>(from + begin)
+                  : words_of(load_own(from, begin, row.count, row.aligned));
+  }
+  template <class E>
+  __device__ __forceinline__ static void store_vector(E* to, int64_t begin, const Row<T>& row,
+                                                      const Vector<E, kOwn>& values) {
+    kPlain ? store_streaming<E, kOwn>(to + begin, values) : store_own(to, begin, row.count, row.aligned, values);
+  }
+
+  __device__ __forceinline__ static Loaded load(const Row<T>& row, int64_t block, int lane) {
+    const int64_t begin = block * kStateBlock + lane * kOwn;
+    Loaded own;
+    own.gradient = load_words(row.g, begin, row);
+    own.parameter = load_words<T>(row.p, begin, row);
+#pragma unroll
+    for (int s = 0; s < Layout::kValues; ++s) {
+      const int which = state_of(s), slot = slot_of(s);
+      own.stored[s] = load_words(static_cast<const Element*>(row.state[which]) + slot * row.count, begin, row);
+      own.scales[s] = kCodes ? row.absmax[which][slot * blocks_of(row) + block] : 1.0f;
+    }
+    return own;
+  }
+
+  __device__ __forceinline__ static void take(const StepArguments& a, const StepConstants& constants, const Row<T>& row,
+                                              const Loaded& own, int64_t block, int lane, const Coders& coders,
+                                              double2& squares) {
+    const int64_t begin = block * kStateBlock + lane * kOwn;
+    const Values g = own.gradient.floats(), p = own.parameter.floats();
+    Values before[Layout::kValues], states[bnb::kMostValues];
+#pragma unroll
+    for (int s = 0; s < Layout::kValues; ++s) {
+      if constexpr (kCodes) {
+        before[s] = own.stored[s].looked_up(coders.table[state_of(s)]) * Values::all(own.scales[s]);
+      } else {
+        before[s] = own.stored[s].floats();
+      }
+      states[s] = before[s];
+    }
+    const bnb::RuleConstants<Values> c = spread(constants.rule);
+    const Values u = bnb::direction<kRule, Values>(g, p, states, c);
+    bool active[kOwn], any_active = kPlain;
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) {
+      active[i] = kPlain || (begin + i < row.count && !(a.skip_zeros && g.values[i] == 0.0f));
+      any_active |= active[i];
+    }
+    if constexpr (kMeasure) {
+#pragma unroll
+      for (int i = 0; i < kOwn; ++i) {
+        squares.x += active[i] ? static_cast<double>(u.values[i]) * u.values[i] : 0.0;
+        squares.y += static_cast<double>(p.values[i]) * p.values[i];
+      }
+    } else {
+      const Values moved = bnb::moved(p, u, c);
+      Vector<T, kOwn> result;
+#pragma unroll
+      for (int i = 0; i < kOwn; ++i) {
+        result.values[i] = from_float<T>(active[i] ? moved.values[i] : p.values[i]);
+        if constexpr (std::is_same_v<T, bfloat16_t> && !kPlain) {
+          if (active[i] && row.seed >= 0) {
+            result.values[i] = rounded_at_random(moved.values[i], row.seed, constants.step, begin + i);
+          }
+        }
+      }
+      store_vector(row.p, begin, row, result);
+      // A block of states that no gradient concerns stays as it is.
+      if (!kPlain && kCodes && a.skip_zeros && !group_any(any_active)) {
+        return;
+      }
+#pragma unroll
+      for (int s = 0; s < Layout::kValues; ++s) {
+        const int which = state_of(s), slot = slot_of(s);
+        Vector<Element, kOwn> out;
+#pragma unroll
+        for (int i = 0; i < kOwn; ++i) {
+          states[s].values[i] = active[i] ? states[s].values[i] : before[s].values[i];
+        }
+        if constexpr (kCodes) {
+          const bool whole = kPlain || begin + kOwn <= row.count;
+          unsigned largest = largest_bits(states[s], whole ? kOwn : static_cast<int>(row.count - begin));
+          if (largest >= kInfinityBits) {
+#pragma unroll
+            for (int i = 0; i < kOwn; ++i) {
+              states[s].values[i] = isfinite(states[s].values[i]) ? states[s].values[i] : 0.0f;
+            }
+            largest = largest_bits(states[s], whole ? kOwn : static_cast<int>(row.count - begin));
+          }
+          const float absmax = bnb::float_of(largest);
+          out = coders.encoder[which](states[s].values, absmax, !kPlain);
+          if (lane == 0) {
+            row.absmax[which][slot * blocks_of(row) + block] = absmax;
+          }
+        } else {
+#pragma unroll
+          for (int i = 0; i < kOwn; ++i) {
+            out.values[i] = states[s].values[i];
+          }
+        }
+        store_vector(static_cast<Element*>(row.state[which]) + slot * row.count, begin, row, out);
+      }
     }
   }
-  const Encoder8 first_encoder = kCodes ? Encoder8(encoders[0], a.code1, 256) : Encoder8();
-  const Encoder8 second_encoder =
-      kCodes && Layout::kSecond > 0 ? Encoder8(encoders[kCodes ? 1 : 0], a.code2, 256) : Encoder8();
+};
+
+// Blocks of any kind. Not inlined, so that its registers are not those of the plain ones.
+template <class T, bnb::Rule kRule, class Storage, bool kMeasure>
+__device__ __noinline__ double2 take_any(const StepArguments& a, const StepConstants& constants, Row<T> row,
+                                         int64_t first, int64_t last, int lane, Coders coders) {
+  using Step = BlockStep<T, kRule, Storage, kMeasure, false>;
+  double2 squares = make_double2(0.0, 0.0);
+  for (int64_t block = first; block < last; ++block) {
+    Step::take(a, constants, row, Step::load(row, block, lane), block, lane, coders, squares);
+  }
+  return squares;
+}
+
+// `kByTensor`: each parameter has constants of its own; otherwise they stay in the arguments, which costs no
+// registers.
+template <class T, bnb::Rule kRule, class Storage, bool kMeasure, bool kByTensor>
+__global__ void __launch_bounds__(kOptimizerThreads, Storage::kBlocks&& Shape<kRule>::kValues < 2 ? 3 : 2)
+    optimizer_pass(const __grid_constant__ StepArguments a) {
+  using Layout = Shape<kRule>;
+  using Step = BlockStep<T, kRule, Storage, kMeasure, true>;
+  constexpr bool kCodes = Storage::kBlocks, kTwoCodes = kCodes && Layout::kSecond > 0;
+  __shared__ Encoder8::Storage encoders[kTwoCodes ? 2 : 1];
+  __shared__ float tables[kTwoCodes ? 2 : 1][256];
+  Coders coders = {};
+  if constexpr (kCodes) {
+    load_table(tables[0], a.code1, 256);
+    coders.table[0] = tables[0];
+    coders.encoder[0] = Encoder8(encoders[0], a.code1, 256);
+  }
+  if constexpr (kTwoCodes) {
+    load_table(tables[1], a.code2, 256);
+    coders.table[1] = tables[1];
+    coders.encoder[1] = Encoder8(encoders[1], a.code2, 256);
+  }
   __syncthreads();
 
   const int lane = threadIdx.x % kLanes;
@@ -163,7 +336,7 @@ __global__ void __launch_bounds__(kOptimizerThreads, Storage::kBlocks&& Shape<kR
   for (int64_t unit = static_cast<int64_t>(blockIdx.x) * (kOptimizerThreads / kLanes) + threadIdx.x / kLanes;
        unit < a.units; unit += groups) {
     const int64_t tensor = find_tensor(a, unit);
-    const Row<T> row(a, tensor, sizeof(Element), Layout::kFirst > 1);
+    const Row<T> row(a, tensor, sizeof(typename Storage::Element), Layout::kFirst > 1);
     const auto constants_of = [&]() -> decltype(auto) {
       if constexpr (kByTensor) {
         return StepConstants(a.by_tensor[tensor]);
@@ -172,125 +345,28 @@ __global__ void __launch_bounds__(kOptimizerThreads, Storage::kBlocks&& Shape<kR
       }
     };
     decltype(auto) constants = constants_of();
-    const int64_t blocks = (row.count + kStateBlock - 1) / kStateBlock;
-    const int64_t first_block = (unit - row.first_unit) * kUnitBlocks;
-    const int64_t last_block = min(first_block + kUnitBlocks, blocks);
-    double update_square = 0.0, parameter_square = 0.0;
-    // What a lane has of a block.
-    struct Own {
-      Vector<T, kOwn> gradient, parameter;
-      Vector<Element, kOwn> stored[Layout::kValues];
-      float scales[Layout::kValues];
-    };
-    const auto load = [&](int64_t block) {
-      const int64_t begin = block * kStateBlock + lane * kOwn;
-      Own own;
-      own.gradient = load_own(row.g, begin, row.count, row.aligned);
-      own.parameter = load_own<T>(row.p, begin, row.count, row.aligned);
-#pragma unroll
-      for (int s = 0; s < Layout::kValues; ++s) {
-        const int which = s >= Layout::kFirst, slot = which ? s - Layout::kFirst : s;
-        const Element* from = static_cast<const Element*>(row.state[which]) + slot * row.count;
-        own.stored[s] = load_own(from, begin, row.count, row.aligned);
-        own.scales[s] = kCodes ? row.absmax[which][slot * blocks + block] : 1.0f;
+    const int64_t first = (unit - row.first_unit) * kUnitBlocks;
+    const int64_t last = min(first + kUnitBlocks, Step::blocks_of(row));
+    double2 squares = make_double2(0.0, 0.0);
+    if (row.aligned && row.seed < 0 && !a.skip_zeros && last * kStateBlock <= row.count) {
+      // The next block is on its way while one is computed.
+      auto next = Step::load(row, first, lane);
+      for (int64_t block = first; block < last; ++block) {
+        const auto own = next;
+        if (block + 1 < last) {
+          next = Step::load(row, block + 1, lane);
+        }
+        Step::take(a, constants, row, own, block, lane, coders, squares);
       }
-      return own;
-    };
-    for (int64_t block = first_block; block < last_block; ++block) {
-      const int64_t begin = block * kStateBlock + lane * kOwn;
-      const Own own = load(block);
-      const auto& [gradient, parameter, stored, scales] = own;
-      float values[Layout::kValues][kOwn];
-      float moved[kOwn];
-      unsigned largest[Layout::kValues] = {};
-      bool any_active = false;
-#pragma unroll
-      for (int i = 0; i < kOwn; ++i) {
-        const float g = to_float(gradient.values[i]), p = to_float(parameter.values[i]);
-        float states[bnb::kMostValues];
-#pragma unroll
-        for (int s = 0; s < Layout::kValues; ++s) {
-          states[s] =
-              kCodes ? tables[s >= Layout::kFirst && kCodes][static_cast<int>(stored[s].values[i]) & 255] * scales[s]
-                     : static_cast<float>(stored[s].values[i]);
-          values[s][i] = states[s];
-        }
-        const bool inside = begin + i < row.count;
-        const bool active = inside && !(a.skip_zeros && g == 0.0f);
-        const float u = bnb::direction<kRule, float>(g, p, states, constants.rule);
-        any_active |= active;
-        if constexpr (kMeasure) {
-          update_square += active ? static_cast<double>(u) * u : 0.0;
-          parameter_square += inside ? static_cast<double>(p) * p : 0.0;
-        } else {
-          moved[i] = active ? bnb::moved(p, u, constants.rule) : p;
-#pragma unroll
-          for (int s = 0; s < Layout::kValues; ++s) {
-            if (active) {
-              values[s][i] = kCodes && !isfinite(states[s]) ? 0.0f : states[s];
-            }
-            if (inside) {
-              largest[s] = max(largest[s], bnb::magnitude_bits(values[s][i]));
-            }
-          }
-        }
-      }
-      if constexpr (!kMeasure) {
-        Vector<T, kOwn> result;
-#pragma unroll
-        for (int i = 0; i < kOwn; ++i) {
-          const bool skipped = a.skip_zeros && to_float(gradient.values[i]) == 0.0f;
-          result.values[i] = skipped ? parameter.values[i] : from_float<T>(moved[i]);
-        }
-        if constexpr (std::is_same_v<T, bfloat16_t>) {
-          if (row.seed >= 0) {
-#pragma unroll
-            for (int i = 0; i < kOwn; ++i) {
-              if (!(a.skip_zeros && to_float(gradient.values[i]) == 0.0f)) {
-                result.values[i] = rounded_at_random(moved[i], row.seed, constants.step, begin + i);
-              }
-            }
-          }
-        }
-        store_own(row.p, begin, row.count, row.aligned, result);
-        // A block of states that no gradient concerns stays as it is.
-        if (kCodes && a.skip_zeros && !group_any(any_active)) {
-          continue;
-        }
-#pragma unroll
-        for (int s = 0; s < Layout::kValues; ++s) {
-          const int which = s >= Layout::kFirst, slot = which ? s - Layout::kFirst : s;
-          Element* to = static_cast<Element*>(row.state[which]) + slot * row.count;
-          Vector<Element, kOwn> out;
-          if constexpr (kCodes) {
-            const float absmax = bnb::float_of(group_max<kLanes>(largest[s]));
-            const float inverse = 1.0f / absmax;
-            const Encoder8& encoder = which ? second_encoder : first_encoder;
-            float scaled[kOwn];
-#pragma unroll
-            for (int i = 0; i < kOwn; ++i) {
-              scaled[i] = values[s][i] * inverse;
-            }
-            out = encoder(scaled);
-            if (lane == 0) {
-              row.absmax[which][slot * blocks + block] = absmax;
-            }
-          } else {
-#pragma unroll
-            for (int i = 0; i < kOwn; ++i) {
-              out.values[i] = values[s][i];
-            }
-          }
-          store_own(to, begin, row.count, row.aligned, out);
-        }
-      }
+    } else {
+      squares = take_any<T, kRule, Storage, kMeasure>(a, constants, row, first, last, lane, coders);
     }
     if constexpr (kMeasure) {
-      update_square = group_sum<kLanes>(update_square);
-      parameter_square = group_sum<kLanes>(parameter_square);
+      squares.x = group_sum<kLanes>(squares.x);
+      squares.y = group_sum<kLanes>(squares.y);
       if (lane == 0) {
-        a.partial[2 * unit] = update_square;
-        a.partial[2 * unit + 1] = parameter_square;
+        a.partial[2 * unit] = squares.x;
+        a.partial[2 * unit + 1] = squares.y;
       }
     }
   }
@@ -304,10 +380,12 @@ void run_pass(const Launch& launch, bnb::Rule rule, int dtype, const StepArgumen
   const auto with_rule = [&](auto type, auto formula) {
     using T = typename decltype(type)::type;
     constexpr bnb::Rule kRule = decltype(formula)::value;
-    const unsigned grid = launch.grid(ceil_div(a.units, kOptimizerThreads / kLanes), 8);
     const auto go = [&](auto measures, auto by_tensor) {
-      optimizer_pass<T, kRule, Storage, decltype(measures)::value, decltype(by_tensor)::value>
-          <<<grid, kOptimizerThreads, 0, launch.stream()>>>(a);
+      const auto kernel = optimizer_pass<T, kRule, Storage, decltype(measures)::value, decltype(by_tensor)::value>;
+      static ResidentGrid grid;
+      const int64_t work = ceil_div(a.units, kOptimizerThreads / kLanes);
+      kernel<<<grid(launch, reinterpret_cast<const void*>(kernel), kOptimizerThreads, work), kOptimizerThreads, 0,
+               launch.stream()>>>(a);
     };
     const bool own_constants = a.by_tensor != nullptr;
     if (measure) {

@@ -38,18 +38,33 @@ __device__ __forceinline__ void store_codes(uint8_t* packed, int64_t begin, int6
   }
 }
 
+// Where the code of the i-th value lies in a word.
+__device__ __forceinline__ constexpr int code_shift(int i) { return i % 2 == 0 ? 4 * i + 4 : 4 * i - 4; }
+
+// Rarely needed: a call keeps it out of the way.
+template <int kType>
+__device__ __noinline__ unsigned encode_any(Lanes<kPerLane> scaled) {
+  unsigned word = 0;
+#pragma unroll
+  for (int i = 0; i < kPerLane; ++i) {
+    word |= Encoder4<kType>::any(scaled.values[i]) << code_shift(i);
+  }
+  return word;
+}
+
 template <class T, int kType>
 __device__ __forceinline__ unsigned encode(const Vector<T, kPerLane>& values, unsigned absmax_bits,
                                            const Encoder4<kType>& encoder) {
   const float inverse = 1.0f / bnb::float_of(absmax_bits);
+  const Lanes<kPerLane> scaled = words_of(values).floats() * Lanes<kPerLane>::all(inverse);
   // The reciprocal of a subnormal number may be infinite. That of zero is, too, but it makes NaN.
-  const bool safe = absmax_bits == 0 || absmax_bits >= 0x00800000u;
+  if (absmax_bits != 0 && absmax_bits < 0x00800000u) {
+    return encode_any<kType>(scaled);
+  }
   unsigned word = 0;
 #pragma unroll
   for (int i = 0; i < kPerLane; ++i) {
-    const float scaled = to_float(values.values[i]) * inverse;
-    const unsigned code = safe ? encoder(scaled) : Encoder4<kType>::any(scaled);
-    word |= code << (i % 2 == 0 ? 4 * i + 4 : 4 * i - 4);
+    word |= encoder(scaled.values[i]) << code_shift(i);
   }
   return word;
 }
@@ -69,20 +84,37 @@ __global__ void __launch_bounds__(kThreads, 5)
        tile += static_cast<int64_t>(gridDim.x) * kTile) {
     const int64_t begin = tile + group * (kPerGroup * kUnroll) + lane * kPerLane;
     Vector<T, kPerLane> values[kUnroll];
+    const auto finish = [&](bool whole) {
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      values[u] = load_values(x, begin + u * kPerGroup, count);
-    }
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      const int64_t first = begin + u * kPerGroup, block = first / kBlock;
-      const unsigned bits = group_max<kBlock / kPerLane>(largest_magnitude(values[u]));
-      if (first < count) {
-        store_codes(packed, first, count, encode<T, kType>(values[u], bits, encoder));
-        if (first % kBlock == 0) {
-          absmax[block] = bnb::float_of(bits);
+      for (int u = 0; u < kUnroll; ++u) {
+        const int64_t first = begin + u * kPerGroup;
+        const unsigned bits = group_max<kBlock / kPerLane>(largest_magnitude(values[u]).bits);
+        if (whole || first < count) {
+          const unsigned word = encode<T, kType>(values[u], bits, encoder);
+          if (whole) {
+            __stcs(reinterpret_cast<unsigned*>(packed + first / 2), word);
+          } else {
+            store_codes(packed, first, count, word);
+          }
+          if (lane % (kBlock / kPerLane) == 0) {
+            absmax[first / kBlock] = bnb::float_of(bits);
+          }
         }
       }
+    };
+    // Only the last tile has to look where the tensor ends.
+    if (tile + kTile <= count) {
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) {
+        values[u] = load_streaming<T, kPerLane>(x + begin + u * kPerGroup);
+      }
+      finish(true);
+    } else {
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) {
+        values[u] = load_values(x, begin + u * kPerGroup, count);
+      }
+      finish(false);
     }
   }
 }
@@ -102,7 +134,7 @@ __global__ void __launch_bounds__(512)
        tile += static_cast<int64_t>(gridDim.x) * kTile) {
     const int64_t first = tile + static_cast<int64_t>(threadIdx.x) * kPerLane;
     const Vector<T, kPerLane> values = load_values(x, first, count);
-    unsigned bits = group_max<kLanes>(largest_magnitude(values));
+    unsigned bits = group_max<kLanes>(largest_magnitude(values).bits);
     __syncthreads();
     if (lane == 0) {
       largest[group] = bits;
@@ -153,14 +185,18 @@ __global__ void __launch_bounds__(kThreads) quantize4_any(const T* __restrict__ 
 template <class T, int kType, int kBlock>
 void launch_lanes(const Launch& launch, const T* x, int64_t count, uint8_t* packed, float* absmax) {
   constexpr int kTile = kThreads * kPerLane * (sizeof(T) == 4 ? 2 : 4);
-  quantize4_lanes<T, kType, kBlock>
-      <<<launch.grid(ceil_div(count, kTile), 8), kThreads, 0, launch.stream()>>>(x, count, packed, absmax);
+  const auto kernel = quantize4_lanes<T, kType, kBlock>;
+  static ResidentGrid grid;
+  kernel<<<grid(launch, reinterpret_cast<const void*>(kernel), kThreads, ceil_div(count, kTile)), kThreads, 0,
+           launch.stream()>>>(x, count, packed, absmax);
 }
 
 template <class T, int kType, int kBlock>
 void launch_groups(const Launch& launch, const T* x, int64_t count, uint8_t* packed, float* absmax) {
-  quantize4_groups<T, kType, kBlock>
-      <<<launch.grid(ceil_div(count, 512 * kPerLane), 4), 512, 0, launch.stream()>>>(x, count, packed, absmax);
+  const auto kernel = quantize4_groups<T, kType, kBlock>;
+  static ResidentGrid grid;
+  kernel<<<grid(launch, reinterpret_cast<const void*>(kernel), 512, ceil_div(count, 512 * kPerLane)), 512, 0,
+           launch.stream()>>>(x, count, packed, absmax);
 }
 
 template <class T, int kType>

@@ -26,6 +26,7 @@
 #define gpuFree hipFree
 #define gpuMemsetAsync hipMemsetAsync
 #define gpuFuncSetAttribute hipFuncSetAttribute
+#define gpuOccupancyMaxActiveBlocksPerMultiprocessor hipOccupancyMaxActiveBlocksPerMultiprocessor
 #define gpuFuncAttributeMaxDynamicSharedMemorySize hipFuncAttributeMaxDynamicSharedMemorySize
 
 using bfloat16_t = __hip_bfloat16;
@@ -51,12 +52,20 @@ using bfloat16_t = __hip_bfloat16;
 #define gpuFree cudaFree
 #define gpuMemsetAsync cudaMemsetAsync
 #define gpuFuncSetAttribute cudaFuncSetAttribute
+#define gpuOccupancyMaxActiveBlocksPerMultiprocessor cudaOccupancyMaxActiveBlocksPerMultiprocessor
 #define gpuFuncAttributeMaxDynamicSharedMemorySize cudaFuncAttributeMaxDynamicSharedMemorySize
 
 using bfloat16_t = __nv_bfloat16;
 #endif
 
 using half_t = __half;
+
+// The NVIDIA architecture that device code is compiled for; 0 elsewhere.
+#if !defined(BNB_HIP) && defined(__CUDA_ARCH__)
+#define BNB_DEVICE_ARCH __CUDA_ARCH__
+#else
+#define BNB_DEVICE_ARCH 0
+#endif
 
 namespace bnb_gpu {
 

@@ -51,6 +51,15 @@ __device__ __forceinline__ void commit_products() {
 #endif
 }
 
+// Waits until at most `kPending` of the latest batches are still under way: the left operands of the others are
+// free. No sum may be read.
+template <int kPending>
+__device__ __forceinline__ void wait_for_products_but() {
+#if BNB_WGMMA
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+#endif
+}
+
 // Waits for all products; `sums` is not read before.
 template <class Sum, int kCount>
 __device__ __forceinline__ void wait_for_products(Sum (&sums)[kCount]) {
@@ -70,9 +79,15 @@ __device__ __forceinline__ void wait_for_products(Sum (&sums)[kCount]) {
 #define BNB_SUMS4(c, i) c(d[i]), c(d[i + 1]), c(d[i + 2]), c(d[i + 3])
 #define BNB_SUMS16(c, i) BNB_SUMS4(c, i), BNB_SUMS4(c, i + 4), BNB_SUMS4(c, i + 8), BNB_SUMS4(c, i + 12)
 #define BNB_PLACES16 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15"
+#define BNB_SUMS32(c, i) BNB_SUMS16(c, i), BNB_SUMS16(c, i + 16)
 #define BNB_PLACES32 BNB_PLACES16 ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
 
-// d = a @ b.T (+ d) for 64 rows of a in registers, 32 or 64 rows of b and 16 columns, 16-bit values.
+#define BNB_PLACES64                                                                                              \
+  BNB_PLACES32                                                                                                    \
+  ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58," \
+  "%59,%60,%61,%62,%63"
+
+// d = a @ b.T (+ d) for 64 rows of a in registers, 32 to 128 rows of b and 16 columns, 16-bit values.
 #define BNB_PRODUCT_HALF(type, rows, places, a0, a1, a2, a3, b, keep, ...)                                      \
   asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" keep                                                        \
                ", 0;\n"                                                                                         \
@@ -101,6 +116,19 @@ __device__ __forceinline__ void multiply_group(float (&d)[32], const unsigned (&
   } else {
     BNB_PRODUCT_HALF("bf16", "64", BNB_PLACES32, "32", "33", "34", "35", "36", "37", BNB_SUMS16("+f", 0),
                      BNB_SUMS16("+f", 16));
+  }
+#endif
+}
+
+template <class T>
+__device__ __forceinline__ void multiply_group(float (&d)[64], const unsigned (&a)[4], uint64_t b_tile, bool add) {
+#if BNB_WGMMA
+  if constexpr (std::is_same_v<T, half_t>) {
+    BNB_PRODUCT_HALF("f16", "128", BNB_PLACES64, "64", "65", "66", "67", "68", "69", BNB_SUMS32("+f", 0),
+                     BNB_SUMS32("+f", 32));
+  } else {
+    BNB_PRODUCT_HALF("bf16", "128", BNB_PLACES64, "64", "65", "66", "67", "68", "69", BNB_SUMS32("+f", 0),
+                     BNB_SUMS32("+f", 32));
   }
 #endif
 }

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -9,7 +12,17 @@ from torch import Tensor, empty
 
 from bitsandbytes.backends.description import Kernel
 from bnb_cuda import _C
-from bnb_cuda.arguments import DTYPES, address, dtype_number, plain, plain_or_none, rows_of, stream_of
+from bnb_cuda.arguments import (
+    DTYPES,
+    address,
+    all_plain,
+    dtype_number,
+    is_plain,
+    plain,
+    plain_or_none,
+    rows_of,
+    stream_of,
+)
 from bnb_cuda.tuning import LIBRARY_MULTIPLE, Int8Path, plan_int8
 
 
@@ -191,6 +204,12 @@ def int8_linear(A: Tensor, CB: Tensor, SCB: Tensor, threshold: float = 0.0, bias
     return scaled_product(codes, CB, absmax, SCB, A if threshold > 0.0 else None, outliers, bias, A.dtype)
 
 
+@cache
+def plan(rows: int, n: int, k: int, device: int) -> Int8Path:
+    """The plan for a device, remembered."""
+    return plan_int8(rows, n, _C.int8_gemm_fits(n, k, _C.capability(device)))
+
+
 def scaled_product(
     A: Tensor,
     B: Tensor,
@@ -208,7 +227,7 @@ def scaled_product(
     out = empty((*A.shape[:-1], n), dtype=dtype, device=device)
     if not m or not n:
         return out
-    path = plan_int8(m, n, _C.int8_gemm_fits(n, k, _C.capability(device.index)))
+    path = plan(m, n, k, device.index)
     product = integer_product(A, B) if path is Int8Path.LIBRARY else None
     _multiply(path.value, out, product, A, B, m, n, k, row_stats, col_stats, values, outliers, bias)
     return out
@@ -252,6 +271,73 @@ def _multiply(
     )
 
 
+def bind_int8_linear(
+    CB: Tensor, SCB: Tensor, threshold: float = 0.0, bias: Tensor | None = None
+) -> Callable[[Tensor], Tensor | None] | None:
+    """``int8_linear`` as a function of the activations alone. It keeps addresses, no tensors.
+
+    Activations whose product needs copies, and those of a weight that is gone, it leaves to the op.
+    """
+    n, k = CB.shape
+    if not all_plain(CB, SCB, bias) or n == 0 or k == 0:
+        return None
+    device, index = CB.device, CB.device.index
+    weight, weight_absmax = CB.data_ptr(), SCB.data_ptr()
+    bias_address, bias_dtype = address(bias), dtype_number(bias)
+    quantize, multiply, stream = _C.int8_quantize_rows, _C.int8_gemm, stream_of
+    weight_of = weakref.ref(CB)
+    # Sizes that the library takes without a copy of the weight.
+    whole = n % LIBRARY_MULTIPLE == 0 and k % LIBRARY_MULTIPLE == 0
+    # Room for flags, list and number of the outlier columns.
+    outlier_bytes = (-(-k // 32) + k + 1) * 4 if threshold > 0.0 else 0
+
+    def run(A: Tensor) -> Tensor | None:
+        rows, dtype = rows_of(A), A.dtype
+        path, stored = plan(rows, n, k, index), weight_of()
+        library = path is Int8Path.LIBRARY
+        if rows == 0 or (library and (rows <= _LIBRARY_ROWS or not whole or stored is None)):
+            return None
+        A = A if is_plain(A) else plain(A)
+        out = empty((*A.shape[:-1], n), dtype=dtype, device=device)
+        space = empty(rows * (k + 4) + outlier_bytes, dtype=torch.uint8, device=device)
+        codes, values, number = space.data_ptr(), A.data_ptr(), DTYPES[dtype]
+        absmax = codes + rows * k
+        flags = columns = count = 0
+        if outlier_bytes:
+            flags = absmax + rows * 4
+            columns = flags + -(-k // 32) * 4
+            count = columns + k * 4
+        where = (index, stream(index))
+        quantize(*where, values, number, rows, k, threshold, codes, absmax, flags, columns, count)
+        product = 0
+        if library and stored is not None:
+            with torch._C.DisableTorchFunctionSubclass():
+                integers = torch._int_mm(space[: rows * k].view(torch.int8).view(rows, k), stored.t())
+            product = integers.data_ptr()
+        multiply(
+            path.value,
+            *where,
+            product,
+            codes,
+            weight,
+            rows,
+            n,
+            k,
+            absmax,
+            weight_absmax,
+            values if outlier_bytes else 0,
+            columns,
+            count,
+            bias_address,
+            bias_dtype,
+            out.data_ptr(),
+            number,
+        )
+        return out
+
+    return run
+
+
 #: What this module serves, by op.
 INT8_KERNELS = (
     Kernel("int8_vectorwise_quant", int8_vectorwise_quant),
@@ -262,5 +348,5 @@ INT8_KERNELS = (
     Kernel("int8_mm_dequant", int8_mm_dequant),
     Kernel("int8_scaled_mm", int8_scaled_mm),
     Kernel("int8_mixed_scaled_mm", int8_mixed_scaled_mm),
-    Kernel("int8_linear", int8_linear),
+    Kernel("int8_linear", int8_linear, bind=bind_int8_linear),
 )

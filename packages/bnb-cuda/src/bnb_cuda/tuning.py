@@ -35,12 +35,14 @@ class Plan(NamedTuple):
 #: Rows of activations up to which each path wins (H100; tiles against dequantizing).
 MOST_ROWS_FEW = 16
 MOST_ROWS_TILES = 192
-MOST_ROWS_GROUPS = 128
+MOST_ROWS_GROUPS = 256
 #: Rows up to which plain arithmetic beats dequantizing, for float32.
 MOST_ROWS_SCALAR = 4
 
-#: Weight rows and columns of one tile, and the widest cluster.
+#: Weight rows and columns of one tile, rows of activations of the widest, and the widest cluster.
 TILE_ROWS = 128
+TILE_TOKENS = 64
+TILE_TOKENS_GROUPS = 128
 TILE_STEP = 128
 MOST_SPLIT = 8
 
@@ -84,11 +86,12 @@ def split_of(rows: int, n: int, k: int, capability: int, processors: int) -> int
     """Thread blocks that share the columns of a tile, so that all multiprocessors have work."""
     if capability < 90:
         return 1
-    tiles = -(-n // TILE_ROWS) * -(-rows // 64)
+    widest = TILE_TOKENS_GROUPS if capability == 90 else TILE_TOKENS
+    tiles = -(-n // TILE_ROWS) * -(-rows // widest)
     split = 1
     for more in range(2, MOST_SPLIT + 1):
         # The multiprocessors of a cluster are neighbours: wide clusters do not find room on all of them.
-        room = processors if more == 2 else processors * 0.9
+        room = processors if more == 2 else processors * 0.75
         # Each share keeps some steps, or the sum over the cluster would cost more than it saves.
         if tiles * more <= room and k // (TILE_STEP * more) >= 4:
             split = more

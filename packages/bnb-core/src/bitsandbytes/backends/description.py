@@ -44,7 +44,8 @@ class Kernel:
     #: Prepares repeated calls that differ in their first argument alone: called with the others, it
     #: returns a function of the first, or ``None`` where it cannot. The core has run the checks with
     #: one first argument and calls the function with others of the same dtype, device and last size,
-    #: as long as the frozen tensors live at the same addresses; it must not keep them alive itself.
+    #: as long as the frozen tensors live at the same addresses; it must not keep them alive itself. For a
+    #: first argument that it leaves to the op it returns ``None``.
     #: For a step of many parameters (``optimizer_step_*``) it is another thing: called with the name of the
     #: rule, the gradients, the parameters and their dicts of states, for which the op has just been called,
     #: it returns a :class:`bitsandbytes.backends.bound.BoundStep`, or ``None``.

@@ -47,6 +47,7 @@ class BoundLinear:
     )
 
     def __init__(self) -> None:
+        #: The bound function; it returns ``None`` for activations that it leaves to the op.
         self.run: Any = None
         #: Outlier threshold that an int8 product is bound to.
         self.threshold = 0.0

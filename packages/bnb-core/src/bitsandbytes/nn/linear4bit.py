@@ -92,7 +92,9 @@ class Linear4bit(Storage4bit, torch.nn.Linear):
         bound, nested = bound_of(self), state.state2
         statistics = (state.absmax,) if nested is None else (state.absmax, nested.absmax)
         if bound.takes(x, weight, bias, *statistics):
-            return bound.run(x)
+            result = bound.run(x)
+            if result is not None:
+                return result
         result = linear_4bit(x, weight, state, bias)
         # Other nested blocks are expanded for each call.
         usual = nested is None or nested.blocksize == NESTED_BLOCKSIZE

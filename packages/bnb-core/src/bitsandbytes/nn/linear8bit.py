@@ -84,9 +84,11 @@ class Linear8bitLt(Storage8bit, torch.nn.Linear):
         if SCB is None or state.outlier_pool is not None or in_float:
             return matmul(x, weight, bias=bias, state=state)
         if bound.threshold == threshold and bound.takes(x, weight, bias, SCB):
-            return bound.run(x)
+            result = bound.run(x)
+            if result is not None:
+                return result
         result = matmul(x, weight, bias=bias, state=state)
         if not result.requires_grad and not is_intercepted():
             bound.threshold = threshold
-            bound.bind("int8_linear", x, weight, bias, (SCB,), (weight.detach(), SCB, threshold, bias))
+            bound.bind("int8_linear", x, weight, bias, (SCB,), (weight, SCB, threshold, bias))
         return result

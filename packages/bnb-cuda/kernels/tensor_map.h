@@ -1,0 +1,59 @@
+// Descriptions of matrices for the copy engine of compute capability 9.0, which brings boxes of them into
+// shared memory, zeros where a box reaches beyond the matrix.
+#pragma once
+
+#include "barriers.h"
+#include "launch.h"
+
+#ifndef BNB_HIP
+#include <cuda.h>
+
+namespace bnb_gpu {
+
+// The driver's function, found at run time: the module does not link with the driver.
+inline decltype(&cuTensorMapEncodeTiled) tensor_map_encoder() {
+  static const auto encoder = [] {
+    void* function = nullptr;
+    cudaDriverEntryPointQueryResult found = cudaDriverEntryPointSymbolNotFound;
+    check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found),
+          "asking for the driver's cuTensorMapEncodeTiled");
+    if (found != cudaDriverEntryPointSuccess) {
+      throw std::runtime_error("bnb-cuda: the driver has no cuTensorMapEncodeTiled; it is older than CUDA 12.0");
+    }
+    return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function);
+  }();
+  return encoder;
+}
+
+// A matrix with contiguous rows of `columns` elements, and boxes of `box_rows` x `box_columns`. `swizzled`: rows of
+// a box have 128 bytes, whose pieces are swizzled as the matrix units want them.
+inline CUtensorMap matrix_map(const void* data, CUtensorMapDataType type, int element_bytes, int64_t rows,
+                              int64_t columns, int box_rows, int box_columns, bool swizzled) {
+  CUtensorMap map;
+  const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
+  const cuuint64_t stride[1] = {static_cast<cuuint64_t>(columns) * element_bytes};
+  const cuuint32_t box[2] = {static_cast<cuuint32_t>(box_columns), static_cast<cuuint32_t>(box_rows)};
+  const cuuint32_t steps[2] = {1, 1};
+  const CUresult status = tensor_map_encoder()(&map, type, 2, const_cast<void*>(data), sizes, stride, box, steps,
+                                               CU_TENSOR_MAP_INTERLEAVE_NONE,
+                                               swizzled ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_NONE,
+                                               CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  if (status != CUDA_SUCCESS) {
+    throw std::runtime_error("bnb-cuda: the driver refused to describe a matrix, error " + std::to_string(status));
+  }
+  return map;
+}
+
+// Copies the box that begins at this column and row, and has the barrier count its bytes.
+__device__ __forceinline__ void copy_box(void* to, const CUtensorMap& map, int column, int row, uint64_t* barrier) {
+#if BNB_BULK_COPIES
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(
+          shared_address(to)),
+      "l"(reinterpret_cast<uint64_t>(&map)), "r"(column), "r"(row), "r"(shared_address(barrier))
+      : "memory");
+#endif
+}
+
+}  // namespace bnb_gpu
+#endif
