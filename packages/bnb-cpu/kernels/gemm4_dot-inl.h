@@ -257,7 +257,7 @@ struct ScaledBFloat16Dot {
 constexpr int64_t kDotBlock = 16;
 
 // Adds the products over elements [k, k + count) of kWeights weight rows, in grouped order, to
-// totals[m * kDotBlock + r].
+// totals[m * kDotBlock + r]. A stretch is too short for the processor to foresee it in the next rows.
 template <class Dot, int kWeights, int kActs>
 void dot_chunk(const Dot& dot, const Weight4& weight, int64_t row, int64_t k, int64_t count,
                const typename Dot::Word* acts, F32* totals) {
@@ -281,6 +281,7 @@ void dot_chunk(const Dot& dot, const Weight4& weight, int64_t row, int64_t k, in
 #pragma GCC unroll 4
     for (int r = 0; r < kWeights; ++r) {
       codes[r] = load_dwords(from[r] + at / 2);
+      prefetch(from[r] + at / 2, kWeights * weight.width / 2);
       factors[r] = dot.factor(scales[r], (row + r) * weight.width + k + at);
     }
     dot.template group<kWeights, kActs>(sums, codes, factors, acts + (k + at) * kActs);

@@ -107,7 +107,7 @@ struct BFloat16Operands {
     const int64_t element = row * weight.width + k, whole = count / kGroup * kGroup;
     const uint8_t* from = weight.packed + element / 2;
     if (weight.blocksize >= kGroup / 2 && element % (kGroup / 2) == 0) {
-      decode_halves(scales, table, from, element, whole, out);
+      decode_halves(scales, table, from, element, whole, kPrefetchRows * weight.width / 2, out);
     } else {
       for (int64_t at = 0; at < whole; at += kGroup) {
         const F32 scale = scales.of_group(element + at);
@@ -165,6 +165,8 @@ struct BFloat16Operands {
       };
       const __m512i low = scaled(0), high = whole ? scaled(kGroup / 2) : _mm512_setzero_si512();
       const uint8_t* const next = from + weight.width / 2;
+      prefetch(from + at / 2, kPrefetchRows * weight.width / 2);
+      prefetch(next + at / 2, kPrefetchRows * weight.width / 2);
       __m512i codes = (whole ? load_dwords(from + at / 2) : load_dwords(from + at / 2, dwords)).v;
       __m512i others = (whole ? load_dwords(next + at / 2) : load_dwords(next + at / 2, dwords)).v;
       others = _mm512_rol_epi32(others, 16);
@@ -208,8 +210,9 @@ struct BFloat16Operands {
   // Groups of which each half lies in one block: the table is scaled and rounded once per half, and one look-up
   // gives 32 weights.
   static void decode_halves(const Scales4& scales, const Table16& table, const uint8_t* from, int64_t element,
-                            int64_t count, Word* out) {
+                            int64_t count, int64_t prefetch_distance, Word* out) {
     for (int64_t at = 0; at < count; at += kGroup) {
+      prefetch(from + at / 2, prefetch_distance);
       const __m512i scaled = round_words(scale(table, scales.of_element(element + at)),
                                          scale(table, scales.of_element(element + at + kGroup / 2)));
       __m512i codes = _mm512_loadu_si512(from + at / 2);

@@ -98,7 +98,14 @@ BNB_FN uint32_t absmax_without_outliers(const T* x, int64_t width, float thresho
 BNB_FN int64_t flagged(const uint8_t* flags, int64_t width, int64_t* columns) {
   int64_t count = 0;
   for (int64_t k = 0; k < width; ++k) {
-    if (flags[k]) {
+    // Hardly any is set: eight at a time are passed over.
+    uint64_t eight = 1;
+    if (k + 8 <= width) {
+      memcpy(&eight, flags + k, sizeof eight);
+    }
+    if (eight == 0) {
+      k += 7;
+    } else if (flags[k]) {
       columns[count++] = k;
     }
   }

@@ -23,6 +23,16 @@ constexpr int64_t kElementsPerThread = 16384;
 // Number of items of `size` elements that make a thread's share.
 BNB_FN int64_t grain_of(int64_t size) { return size < kElementsPerThread ? kElementsPerThread / size : 1; }
 
+// Asks for the cache line at `distance` bytes from `from`, which need not exist.
+BNB_FN void prefetch(const void* from, int64_t distance) {
+  const uintptr_t address = reinterpret_cast<uintptr_t>(from) + static_cast<uintptr_t>(distance);
+#if defined(__AVX2__)
+  _mm_prefetch(reinterpret_cast<const char*>(address), _MM_HINT_T0);
+#elif defined(__GNUC__)
+  __builtin_prefetch(reinterpret_cast<const void*>(address));
+#endif
+}
+
 BNB_FN int64_t ceil_divide(int64_t a, int64_t b) { return a / b + (a % b != 0); }
 
 template <class T>
