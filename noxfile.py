@@ -172,9 +172,9 @@ def build_distributions(environment: Environment) -> list[Path]:
     return wheels
 
 
-def with_project(session: nox.Session) -> Environment:
+def with_project(session: nox.Session, name: str = "work") -> Environment:
     """The shared environment with torch, this project's wheels and what the tests of the packages import."""
-    environment = Environment(session)
+    environment = Environment(session, name)
     environment.install(TORCH)
     wheels = build_distributions(environment)
     core = next(wheel for wheel in wheels if wheel.name.startswith("bnb_core-"))
@@ -444,6 +444,15 @@ def run_some(session: nox.Session, chosen: dict[str, Callable[[Environment], str
 def downstream(session: nox.Session) -> None:
     """transformers, peft, accelerate, diffusers and others on the real language model."""
     downstream_libraries(with_model(session))
+
+
+@nox.session
+def deepspeed(session: nox.Session) -> None:
+    """ZeRO with these optimizers, apart from the rest: other libraries change what they do where DeepSpeed is."""
+    environment = with_project(session, "deepspeed")
+    environment.install("setuptools", "wheel", "ninja")
+    environment.run("-m", "pip", "install", "--quiet", "--no-build-isolation", "deepspeed", env={"DS_BUILD_OPS": "0"})
+    session.log(run_pytest(environment, "deepspeed", ROOT / "tests" / "test_deepspeed.py"))
 
 
 @nox.session

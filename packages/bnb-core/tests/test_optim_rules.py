@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from bitsandbytes import optim
+from bitsandbytes.ops.optim_rules import RULE_NUMBERS, RULES, only_rules_below
 
 STEPS = 300
 
@@ -227,3 +228,11 @@ def test_8bit_trains_like_32bit(name: str) -> None:
     assert full < 0.5 * begin, "the problem does not train"
     # The path differs; how far it got does not, measured against how far there was to go.
     assert abs(eight - full) < 0.03 * begin, (eight, full, begin)
+
+
+def test_a_backend_may_know_fewer_rules_than_the_core() -> None:
+    assert only_rules_below(len(RULES)) is None
+    accepts = only_rules_below(RULE_NUMBERS["schedule_free"])
+    assert accepts is not None
+    assert accepts("adagrad")
+    assert not accepts("schedule_free")

@@ -5,6 +5,7 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <bnb/rules.h>
 #include <bnb/tensors.h>
 #include <type_traits>
 
@@ -44,6 +45,7 @@ void bind(nb::module_& module, const char* name, Result (*Kernels::*kernel)(Argu
 NB_MODULE(_C, m) {
   bnb_cpu::isa();  // An unusable BNB_CPU_ISA fails the import.
 
+  m.attr("OPTIMIZER_RULES") = bnb::kRules;
   m.def("isa", &bnb_cpu::isa);
   m.def("supported_isas", &bnb_cpu::supported_isas);
   m.def("set_isa", &bnb_cpu::set_isa);

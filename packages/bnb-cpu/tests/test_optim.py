@@ -8,6 +8,7 @@ norm is limited (the kernels sum in double). A state that a root enters is compa
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
@@ -474,3 +475,19 @@ def test_hundred_steps_of_adamw_follow_float64(generator: torch.Generator) -> No
         problem.g[0].copy_(problem.p[0] - target)
         step("adam", problem, Numbers(step=number, eps=1e-8))
     torch.testing.assert_close(problem.p[0].double(), truth.detach(), rtol=1e-4, atol=2e-5)
+
+
+def test_a_module_older_than_a_rule_leaves_it_to_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rules travel as numbers: an unknown one must not become another rule."""
+    assert len(RULES) == _C.OPTIMIZER_RULES
+    source = importlib.util.find_spec("bnb_cpu.optim")
+    assert source is not None and source.origin is not None
+    monkeypatch.setattr(_C, "OPTIMIZER_RULES", list(RULES).index("schedule_free"))
+    spec = importlib.util.spec_from_file_location("older_optim", source.origin)
+    assert spec is not None and spec.loader is not None
+    older = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(older)
+    for kernel in older.OPTIM_KERNELS:
+        assert kernel.accepts is not None
+        assert kernel.accepts("adam", None)
+        assert not kernel.accepts("schedule_free", None)

@@ -4,6 +4,7 @@
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/tuple.h>
 
+#include <bnb/rules.h>
 #include <bnb/tensors.h>
 
 #include "kernels.h"
@@ -147,6 +148,7 @@ NB_MODULE(_C, m) {
   });
 
   m.attr("OPTIMIZER_COLUMNS") = OptimizerStep::kColumns;
+  m.attr("OPTIMIZER_RULES") = bnb::kRules;
   m.def("read_tensors",
         [](nb::handle exchange, nb::tuple types, nb::tuple lists, nb::list states, nb::tuple keys, nb::tuple shared,
            int64_t count, bool record, Pointer kinds, Pointer table) -> int {

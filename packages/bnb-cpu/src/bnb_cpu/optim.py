@@ -16,12 +16,12 @@ from torch import Tensor, get_num_threads
 
 from bitsandbytes.backends.bound import OTHER, TensorTable
 from bitsandbytes.backends.description import Kernel
-from bitsandbytes.ops.optim_rules import RULES
+from bitsandbytes.ops.optim_rules import RULE_NUMBERS, RULES, only_rules_below
 from bnb_cpu.arguments import DTYPES, address
 from bnb_cpu.native import _C
 
-#: Numbers of ``bnb::Rule``.
-RULE_NUMBERS = {name: number for number, name in enumerate(RULES)}
+#: Accepts what the native code has a rule for; ``None`` where that is everything.
+KNOWN_RULES = only_rules_below(_C.OPTIMIZER_RULES)
 
 _MASK32 = 0xFFFFFFFF
 
@@ -301,8 +301,8 @@ def prepare_step(
 
 #: What the backend serves, by op; part of :data:`bnb_cpu.ops.KERNELS`.
 OPTIM_KERNELS = (
-    Kernel("optimizer_update_32bit", optimizer_update_32bit),
-    Kernel("optimizer_update_8bit_blockwise", optimizer_update_8bit_blockwise),
-    Kernel("optimizer_step_32bit", optimizer_step_32bit, bind=prepare_step),
-    Kernel("optimizer_step_8bit", optimizer_step_8bit, bind=prepare_step),
+    Kernel("optimizer_update_32bit", optimizer_update_32bit, KNOWN_RULES),
+    Kernel("optimizer_update_8bit_blockwise", optimizer_update_8bit_blockwise, KNOWN_RULES),
+    Kernel("optimizer_step_32bit", optimizer_step_32bit, KNOWN_RULES, bind=prepare_step),
+    Kernel("optimizer_step_8bit", optimizer_step_8bit, KNOWN_RULES, bind=prepare_step),
 )

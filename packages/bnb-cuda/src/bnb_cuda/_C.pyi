@@ -3,6 +3,7 @@
 from typing import Any
 
 OPTIMIZER_COLUMNS: int
+OPTIMIZER_RULES: int
 
 def processors(device: int, /) -> int: ...
 def capability(device: int, /) -> int: ...

@@ -14,12 +14,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, empty
 
-from bitsandbytes.ops.optim_rules import RULES
+from bitsandbytes.ops.optim_rules import RULE_NUMBERS, RULES, only_rules_below
 from bnb_cuda import _C
 from bnb_cuda.arguments import DTYPES, address, stream_of
 
-#: Numbers of ``bnb::Rule``.
-RULE_NUMBERS = {name: number for number, name in enumerate(RULES)}
+#: Accepts what the native code has a rule for; ``None`` where that is everything.
+KNOWN_RULES = only_rules_below(_C.OPTIMIZER_RULES)
 
 #: Seeds of stochastic rounding are of 32 bits.
 MASK32 = 0xFFFFFFFF
@@ -138,8 +138,8 @@ def has_no_limit(
     max_unorm: float,
     *others: object,
 ) -> bool:
-    """Whether the norm of the update matters to nobody; the reference serves the other calls."""
-    return max_unorm == 0.0
+    """Whether the rule is known and the norm of the update matters to nobody; the reference serves other calls."""
+    return max_unorm == 0.0 and (KNOWN_RULES is None or KNOWN_RULES(optimizer_name))
 
 
 def optimizer_update_8bit_blockwise(

@@ -15,6 +15,7 @@ from bitsandbytes.ops.optim_rules import RULES
 from bnb_cuda import _C
 from bnb_cuda.arguments import stream_of
 from bnb_cuda.optim import (
+    KNOWN_RULES,
     MASK32,
     has_no_limit,
     launch,
@@ -119,7 +120,7 @@ def prepare_step(
 #: What the backend serves of the optimizer ops.
 OPTIM_KERNELS = (
     Kernel("optimizer_update_32bit", optimizer_update_32bit, has_no_limit),
-    Kernel("optimizer_update_8bit_blockwise", optimizer_update_8bit_blockwise),
-    Kernel("optimizer_step_32bit", optimizer_step_32bit, bind=prepare_step),
-    Kernel("optimizer_step_8bit", optimizer_step_8bit, bind=prepare_step),
+    Kernel("optimizer_update_8bit_blockwise", optimizer_update_8bit_blockwise, KNOWN_RULES),
+    Kernel("optimizer_step_32bit", optimizer_step_32bit, KNOWN_RULES, bind=prepare_step),
+    Kernel("optimizer_step_8bit", optimizer_step_8bit, KNOWN_RULES, bind=prepare_step),
 )

@@ -193,6 +193,23 @@ def update(
     return p, states, unorm
 
 
+#: Numbers by which native code knows the rules (``bnb::Rule``). New rules go to the end.
+RULE_NUMBERS = {name: number for number, name in enumerate(RULES)}
+
+
+def only_rules_below(count: int) -> Callable[..., bool] | None:
+    """What a backend whose native code knows ``count`` rules accepts: for ``Kernel.accepts`` of optimizer ops.
+
+    A backend may be older than the core, whose later rules the reference then serves. ``None`` for a backend
+    that knows them all.
+    """
+
+    def accepts(optimizer_name: str, *others: object, **named: object) -> bool:
+        return RULE_NUMBERS[optimizer_name] < count
+
+    return None if count >= len(RULES) else accepts
+
+
 def bias_correction(beta: float, step: Scalar) -> Scalar:
     """``1 - beta ** step``."""
     return 1.0 - beta**step

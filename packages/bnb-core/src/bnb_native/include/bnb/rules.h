@@ -33,6 +33,9 @@ enum class Rule : int {
   kScheduleFree = 10,
 };
 
+// Rules of this header; a later core may know more.
+constexpr int kRules = 11;
+
 // The rule whose formula this one uses.
 BNB_FN constexpr Rule formula_of(Rule rule) {
   return rule == Rule::kLamb || rule == Rule::kLambL2 ? Rule::kAdam : rule == Rule::kLars ? Rule::kMomentum : rule;
