@@ -157,7 +157,9 @@ def test_an_application_with_modules_but_without_metadata(plugin_site, tmp_path)
     frozen = tmp_path / "frozen"
     frozen.mkdir()
     core = Path(bitsandbytes.__file__).parent
-    packages = [path for folder in site.getsitepackages() for path in Path(folder).iterdir()]
+    # Some systems name folders that need not exist.
+    folders = [Path(folder) for folder in site.getsitepackages() if Path(folder).is_dir()]
+    packages = [path for folder in folders for path in folder.iterdir()]
     for path in [core, core.parent / "bnb_native", *packages]:
         link = frozen / path.name
         if not path.name.endswith((".dist-info", ".egg-info", ".pth")) and not link.exists():
