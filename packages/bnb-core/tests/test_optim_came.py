@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
-import io
+import functools
 from typing import Any
 
+import optim_runs
 import pytest
 import torch
 
@@ -18,8 +19,7 @@ SHAPES = ((20, 33), (33, 20), (4, 7, 9), (29,), (1, 5), (6, 1), ())
 
 def parameters(dtype: torch.dtype = torch.float32, shapes: tuple[tuple[int, ...], ...] = SHAPES) -> list[Any]:
     """Random parameters."""
-    generator = torch.Generator().manual_seed(0)
-    return [torch.nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in shapes]
+    return optim_runs.parameters(dtype, shapes)
 
 
 def set_gradients(params: list[Any], step: int) -> None:
@@ -31,11 +31,7 @@ def set_gradients(params: list[Any], step: int) -> None:
         p.grad = (rows * size * (mean + torch.randn(p.shape, generator=noise))).to(p.dtype)
 
 
-def train(optimizer: torch.optim.Optimizer, params: list[Any], steps: range) -> None:
-    """Some steps."""
-    for step in steps:
-        set_gradients(params, step)
-        optimizer.step()
+train = functools.partial(optim_runs.train, set_gradients=set_gradients)
 
 
 def factored(matrix: torch.Tensor, average: dict[str, Any], name: str, beta: float) -> torch.Tensor:
@@ -164,16 +160,10 @@ def test_resumed_run_equals_uninterrupted_run(name: str, dtype: torch.dtype) -> 
     train(make(whole), whole, range(12))
     optimizer = make(begun)
     train(optimizer, begun, range(7))
-    buffer = io.BytesIO()
-    torch.save({"optimizer": optimizer.state_dict(), "model": [p.detach() for p in begun]}, buffer)
-    buffer.seek(0)
-    saved = torch.load(buffer, weights_only=True)
-    resumed = [torch.nn.Parameter(p) for p in saved["model"]]
-    optimizer = make(resumed)
-    optimizer.load_state_dict(saved["optimizer"])
-    assert optimizer.state[resumed[0]]["square_row"].dtype == torch.float32
-    train(optimizer, resumed, range(7, 12))
-    assert all(torch.equal(p, q) for p, q in zip(whole, resumed, strict=True))
+    loaded, optimizer = optim_runs.resumed(optim_runs.snapshot(optimizer, begun), make)
+    assert optimizer.state[loaded[0]]["square_row"].dtype == torch.float32
+    train(optimizer, loaded, range(7, 12))
+    assert all(torch.equal(p, q) for p, q in zip(whole, loaded, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -210,24 +200,14 @@ def test_states_of_other_optimizers_are_refused() -> None:
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_8bit_trains_like_32bit(compiled: bool) -> None:
-    torch.manual_seed(0)
-    teacher = torch.nn.Sequential(torch.nn.Linear(20, 64), torch.nn.Tanh(), torch.nn.Linear(64, 5))
-    first = torch.nn.Sequential(torch.nn.Linear(20, 64), torch.nn.Tanh(), torch.nn.Linear(64, 5))
-    losses = []
-    for bits in (8, 32):
-        model = copy.deepcopy(first)
-        optimizer = optim.CAME(model.parameters(), 2e-3, optim_bits=bits, min_8bit_size=0)
-        forward = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
-        generator, history = torch.Generator().manual_seed(2), []
-        for _ in range(300):
-            x = torch.randn(64, 20, generator=generator)
-            optimizer.zero_grad()
-            loss = torch.nn.functional.mse_loss(forward(x), teacher(x).detach())
-            loss.backward()
-            optimizer.step()
-            history.append(loss.item())
-        losses.append(history)
-    eight, full = (sum(history[-20:]) / 20 for history in losses)
+    losses = optim_runs.losses_of_a_student(
+        [
+            lambda model, bits=bits: optim.CAME(model.parameters(), 2e-3, optim_bits=bits, min_8bit_size=0)
+            for bits in (8, 32)
+        ],
+        compiled=compiled,
+    )
+    eight, full = map(optim_runs.end_of, losses)
     assert full < 0.5 * losses[0][0], "the problem does not train"
     assert abs(eight - full) < 0.03 * losses[0][0]
 

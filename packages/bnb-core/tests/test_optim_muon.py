@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import copy
-import io
+import functools
 from types import SimpleNamespace
 from typing import Any
 
+import optim_runs
 import pytest
 import torch
 
@@ -19,8 +19,7 @@ SHAPES = ((24, 24), (16, 40), (40, 16), (24, 24), (1, 30))
 
 def matrices(dtype: torch.dtype = torch.float32, shapes: tuple[tuple[int, ...], ...] = SHAPES) -> list[Any]:
     """Random parameters."""
-    generator = torch.Generator().manual_seed(0)
-    return [torch.nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in shapes]
+    return optim_runs.parameters(dtype, shapes)
 
 
 def set_gradients(params: list[Any], step: int) -> None:
@@ -31,11 +30,7 @@ def set_gradients(params: list[Any], step: int) -> None:
         p.grad = (slope_of_p + torch.randn(p.shape, generator=noise)).to(p.dtype)
 
 
-def train(optimizer: torch.optim.Optimizer, params: list[Any], steps: range) -> None:
-    """Some steps."""
-    for step in steps:
-        set_gradients(params, step)
-        optimizer.step()
+train = functools.partial(optim_runs.train, set_gradients=set_gradients)
 
 
 class ExactMuon:
@@ -277,36 +272,20 @@ def test_resumed_run_equals_uninterrupted_run(name: str, dtype: torch.dtype) -> 
     train(make(whole), whole, range(12))
     optimizer = make(begun)
     train(optimizer, begun, range(7))
-    buffer = io.BytesIO()
-    torch.save({"optimizer": optimizer.state_dict(), "model": [p.detach() for p in begun]}, buffer)
-    buffer.seek(0)
-    saved = torch.load(buffer, weights_only=True)
-    resumed = [torch.nn.Parameter(p) for p in saved["model"]]
-    optimizer = make(resumed)
-    optimizer.load_state_dict(saved["optimizer"])
-    assert optimizer.state[resumed[5]]["state2"].dtype == torch.float32
-    train(optimizer, resumed, range(7, 12))
-    assert all(torch.equal(p, q) for p, q in zip(whole, resumed, strict=True))
+    loaded, optimizer = optim_runs.resumed(optim_runs.snapshot(optimizer, begun), make)
+    assert optimizer.state[loaded[5]]["state2"].dtype == torch.float32
+    train(optimizer, loaded, range(7, 12))
+    assert all(torch.equal(p, q) for p, q in zip(whole, loaded, strict=True))
 
 
 def test_8bit_trains_like_32bit() -> None:
-    torch.manual_seed(0)
-    teacher = torch.nn.Sequential(torch.nn.Linear(20, 64), torch.nn.Tanh(), torch.nn.Linear(64, 5))
-    first = torch.nn.Sequential(torch.nn.Linear(20, 64), torch.nn.Tanh(), torch.nn.Linear(64, 5))
-    losses = []
-    for bits in (8, 32):
-        model = copy.deepcopy(first)
-        optimizer = optim.Muon(optim.Muon.groups_of(model), 0.01, optim_bits=bits, min_8bit_size=0)
-        generator, history = torch.Generator().manual_seed(2), []
-        for _ in range(300):
-            x = torch.randn(64, 20, generator=generator)
-            loss = torch.nn.functional.mse_loss(model(x), teacher(x).detach())
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            history.append(loss.item())
-        losses.append(history)
-    eight, full = (sum(history[-20:]) / 20 for history in losses)
+    losses = optim_runs.losses_of_a_student(
+        [
+            lambda model, bits=bits: optim.Muon(optim.Muon.groups_of(model), 0.01, optim_bits=bits, min_8bit_size=0)
+            for bits in (8, 32)
+        ]
+    )
+    eight, full = map(optim_runs.end_of, losses)
     assert full < 0.2 * losses[0][0], "the problem does not train"
     assert abs(eight - full) < 0.02 * losses[0][0]
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
 import optim_references as reference
+import optim_runs
 import pytest
 import torch
 
@@ -206,24 +206,9 @@ def eight_bit() -> dict[str, tuple[Callable[..., Any], Callable[..., Any]]]:
 
 @pytest.mark.parametrize("name", eight_bit())
 def test_8bit_trains_like_32bit(name: str) -> None:
-    torch.manual_seed(0)
-    teacher = torch.nn.Sequential(torch.nn.Linear(20, 64), torch.nn.Tanh(), torch.nn.Linear(64, 5))
-    first = torch.nn.Sequential(torch.nn.Linear(20, 64), torch.nn.Tanh(), torch.nn.Linear(64, 5))
-    losses = []
-    for make in eight_bit()[name]:
-        model = copy.deepcopy(first)
-        optimizer = make(model.parameters())
-        generator = torch.Generator().manual_seed(2)
-        history = []
-        for _ in range(STEPS):
-            x = torch.randn(64, 20, generator=generator)
-            loss = torch.nn.functional.mse_loss(model(x), teacher(x).detach())
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            history.append(loss.item())
-        losses.append(history)
-    eight, full = (sum(history[-20:]) / 20 for history in losses)
+    makers = [lambda model, make=make: make(model.parameters()) for make in eight_bit()[name]]
+    losses = optim_runs.losses_of_a_student(makers, STEPS)
+    eight, full = map(optim_runs.end_of, losses)
     begin = losses[0][0]
     assert full < 0.5 * begin, "the problem does not train"
     # The path differs; how far it got does not, measured against how far there was to go.

@@ -3,33 +3,17 @@
 from __future__ import annotations
 
 import copy
-import io
 from typing import Any
 
 import optim_references as reference
 import pytest
 import torch
+from optim_runs import parameters, resumed, snapshot, train
 
 from bitsandbytes import optim
 from bitsandbytes.errors import ArgumentError
 
 KINDS = ("ScheduleFreeAdamW8bit", "ScheduleFreeAdamW32bit")
-
-
-def parameters(dtype: torch.dtype = torch.float32) -> list[torch.nn.Parameter]:
-    """A large and a small parameter and an empty one."""
-    generator = torch.Generator().manual_seed(0)
-    shapes = ((65, 130), (10,), (0, 16))
-    return [torch.nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in shapes]
-
-
-def train(optimizer: torch.optim.Optimizer, params: list[torch.nn.Parameter], steps: range) -> None:
-    """Steps with gradients that depend on the number of the step alone."""
-    for step in steps:
-        generator = torch.Generator().manual_seed(step)
-        for p in params:
-            p.grad = torch.randn(p.shape, generator=generator).to(p.dtype)
-        optimizer.step()
 
 
 @pytest.mark.parametrize("beta1", [0.9, 0.98])
@@ -107,20 +91,15 @@ def test_run_saved_in_the_middle_of_an_evaluation_resumes_bit_for_bit(name: str,
     optimizer = getattr(optim, name)(whole, warmup_steps=5)
     train(optimizer, whole, range(7))
     optimizer.eval()
-    buffer = io.BytesIO()
-    torch.save({"optimizer": optimizer.state_dict(), "model": [p.detach() for p in whole]}, buffer)
+    saved = snapshot(optimizer, whole)
     optimizer.train()
     train(optimizer, whole, range(7, 12))
 
-    buffer.seek(0)
-    saved = torch.load(buffer, weights_only=True)
-    resumed = [torch.nn.Parameter(p) for p in saved["model"]]
-    optimizer = getattr(optim, name)(resumed)
-    optimizer.load_state_dict(saved["optimizer"])
+    loaded, optimizer = resumed(saved, getattr(optim, name))
     assert not optimizer.param_groups[0]["train_mode"]
     optimizer.train()
-    train(optimizer, resumed, range(7, 12))
-    assert all(torch.equal(p, q) for p, q in zip(whole, resumed, strict=True))
+    train(optimizer, loaded, range(7, 12))
+    assert all(torch.equal(p, q) for p, q in zip(whole, loaded, strict=True))
 
 
 def test_groups_average_for_themselves() -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
-import io
 import pickle
 from typing import Any
 
 import pytest
 import torch
+from optim_runs import parameters, resumed, snapshot, train
 
 from bitsandbytes import optim
 from bitsandbytes.errors import CheckpointError
@@ -37,30 +37,6 @@ def groups_for_muon(params: list[Any]) -> list[dict[str, Any]]:
     return [part for part in parts if part["params"]]
 
 
-def parameters(dtype: torch.dtype = torch.float32) -> list[torch.nn.Parameter]:
-    """A large and a small parameter and an empty one."""
-    generator = torch.Generator().manual_seed(0)
-    shapes = ((65, 130), (10,), (0, 16))
-    return [torch.nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in shapes]
-
-
-def train(optimizer: torch.optim.Optimizer, params: list[torch.nn.Parameter], steps: range) -> None:
-    """Steps with gradients that depend on the number of the step alone."""
-    for step in steps:
-        generator = torch.Generator().manual_seed(step)
-        for p in params:
-            p.grad = torch.randn(p.shape, generator=generator).to(p.dtype)
-        optimizer.step()
-
-
-def saved_and_loaded(state: Any) -> Any:
-    """Through a file that may hold nothing but tensors and plain values."""
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    buffer.seek(0)
-    return torch.load(buffer, weights_only=True)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", NAMES)
 def test_resumed_run_equals_uninterrupted_run(name: str, dtype: torch.dtype) -> None:
@@ -70,17 +46,14 @@ def test_resumed_run_equals_uninterrupted_run(name: str, dtype: torch.dtype) -> 
     begun = parameters(dtype)
     optimizer = make(name, begun)
     train(optimizer, begun, range(7))
-    state = saved_and_loaded({"optimizer": optimizer.state_dict(), "model": [p.detach() for p in begun]})
 
-    resumed = [torch.nn.Parameter(p) for p in state["model"]]
-    optimizer = make(name, resumed)
-    optimizer.load_state_dict(state["optimizer"])
-    for p in resumed:
+    loaded, optimizer = resumed(snapshot(optimizer, begun), lambda params: make(name, params))
+    for p in loaded:
         for key, value in optimizer.state[p].items():
             if isinstance(value, torch.Tensor):
                 assert value.dtype in (torch.uint8, torch.float32), f"{key} was cast to {value.dtype}"
-    train(optimizer, resumed, range(7, 12))
-    for p, q in zip(whole, resumed, strict=True):
+    train(optimizer, loaded, range(7, 12))
+    for p, q in zip(whole, loaded, strict=True):
         assert torch.equal(p, q)
 
 
