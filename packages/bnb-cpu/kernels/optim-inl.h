@@ -97,32 +97,13 @@ BNB_FN F32 sign(F32 a) {
   return select(zero < a, splat(1.0f), select(a < zero, splat(-1.0f), zero));
 }
 
-BNB_FN void spread(float from, float& to) { to = from; }
-BNB_FN void spread(float from, F32& to) { to = splat(from); }
+// Found by the type of the second argument.
+BNB_FN float spread(float value, float) { return value; }
+BNB_FN F32 spread(float value, F32) { return splat(value); }
 
 template <class V>
 BNB_FN bnb::RuleConstants<V> constants_of(const bnb::RuleConstants<float>& from) {
-  bnb::RuleConstants<V> to;
-  spread(from.beta1, to.beta1);
-  spread(from.beta2, to.beta2);
-  spread(from.beta3, to.beta3);
-  spread(from.rest1, to.rest1);
-  spread(from.rest2, to.rest2);
-  spread(from.rest3, to.rest3);
-  spread(from.correction1, to.correction1);
-  spread(from.correction2, to.correction2);
-  spread(from.alpha, to.alpha);
-  spread(from.eps, to.eps);
-  spread(from.gnorm_scale, to.gnorm_scale);
-  spread(from.weight_decay, to.weight_decay);
-  spread(from.keep, to.keep);
-  spread(from.rate, to.rate);
-  spread(from.rest_alpha, to.rest_alpha);
-  spread(from.now, to.now);
-  spread(from.later, to.later);
-  to.first = from.first;
-  to.coupled = from.coupled;
-  return to;
+  return bnb::spread_constants<V>(from, [](float value) { return spread(value, V{}); });
 }
 
 template <class T>

@@ -116,31 +116,6 @@ __device__ __forceinline__ Words<T, kCount> words_of(const Vector<T, kCount>& va
   return result;
 }
 
-template <class T, int kCount>
-__device__ __forceinline__ Words<T, kCount> load_words_streaming(const T* from) {
-  constexpr int kBytes = sizeof(T) * kCount;
-  Words<T, kCount> result;
-#ifndef BNB_HIP
-  if constexpr (kBytes % 16 == 0) {
-#pragma unroll
-    for (int i = 0; i < kBytes / 16; ++i) {
-      const uint4 four = __ldcs(reinterpret_cast<const uint4*>(from) + i);
-      result.words[4 * i] = four.x;
-      result.words[4 * i + 1] = four.y;
-      result.words[4 * i + 2] = four.z;
-      result.words[4 * i + 3] = four.w;
-    }
-    return result;
-  } else if constexpr (kBytes == 8) {
-    const uint2 two = __ldcs(reinterpret_cast<const uint2*>(from));
-    result.words[0] = two.x;
-    result.words[1] = two.y;
-    return result;
-  }
-#endif
-  return words_of(load_streaming<T, kCount>(from));
-}
-
 // The larger number; NaN if one of them is.
 __device__ __forceinline__ float max_or_nan(float a, float b) {
 #if BNB_DEVICE_ARCH >= 800

@@ -155,15 +155,6 @@ struct Own {
 
 using Values = Lanes<kOwn>;
 
-__device__ __forceinline__ bnb::RuleConstants<Values> spread(const bnb::RuleConstants<float>& c) {
-  const auto all = [](float value) { return Values::all(value); };
-  return {all(c.beta1), all(c.beta2), all(c.beta3),       all(c.rest1),
-          all(c.rest2), all(c.rest3), all(c.correction1), all(c.correction2),
-          all(c.alpha), all(c.eps),   all(c.gnorm_scale), all(c.weight_decay),
-          all(c.keep),  all(c.rate),  all(c.rest_alpha),  all(c.now),
-          all(c.later), c.first,      c.coupled};
-}
-
 constexpr unsigned kInfinityBits = 0x7f800000u;
 
 // Bits of the largest magnitude in a block; above infinity's if there is a NaN. Values beyond `count` of a
@@ -192,7 +183,7 @@ struct BlockStep {
 
   template <class E>
   __device__ __forceinline__ static Words<E, kOwn> load_words(const E* from, int64_t begin, const Row<T>& row) {
-    return kPlain ? load_words_streaming<E, kOwn>(from + begin)
+    return kPlain ? words_of(load_streaming<E, kOwn>(from + begin))
                   : words_of(load_own(from, begin, row.count, row.aligned));
   }
   template <class E>
@@ -230,7 +221,7 @@ struct BlockStep {
       }
       states[s] = before[s];
     }
-    const bnb::RuleConstants<Values> c = spread(constants.rule);
+    const auto c = bnb::spread_constants<Values>(constants.rule, [](float value) { return Values::all(value); });
     const Values u = bnb::direction<kRule, Values>(g, p, states, c);
     bool active[kOwn], any_active = kPlain;
 #pragma unroll

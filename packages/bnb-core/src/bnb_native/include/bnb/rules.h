@@ -102,6 +102,30 @@ BNB_FN RuleConstants<float> rule_constants(Rule rule, const RuleSettings& s, dou
   return c;
 }
 
+// The same constants for wider values; `spread` makes one of a number.
+template <class V, class Spread>
+BNB_FN RuleConstants<V> spread_constants(const RuleConstants<float>& c, const Spread& spread) {
+  return {spread(c.beta1),
+          spread(c.beta2),
+          spread(c.beta3),
+          spread(c.rest1),
+          spread(c.rest2),
+          spread(c.rest3),
+          spread(c.correction1),
+          spread(c.correction2),
+          spread(c.alpha),
+          spread(c.eps),
+          spread(c.gnorm_scale),
+          spread(c.weight_decay),
+          spread(c.keep),
+          spread(c.rate),
+          spread(c.rest_alpha),
+          spread(c.now),
+          spread(c.later),
+          c.first,
+          c.coupled};
+}
+
 // Factor that limits the norm of the update to `limit`, max_unorm times the norm of the parameter: the
 // trust ratio of LAMB (You et al. 2020, arXiv:1904.00962) and LARS (You et al. 2017, arXiv:1708.03888).
 // A parameter that is all zero has a limit of 0 and is not limited, or it could never leave zero.
