@@ -97,13 +97,16 @@ BNB_FN F32 sign(F32 a) {
   return select(zero < a, splat(1.0f), select(a < zero, splat(-1.0f), zero));
 }
 
-// Found by the type of the second argument.
-BNB_FN float spread(float value, float) { return value; }
-BNB_FN F32 spread(float value, F32) { return splat(value); }
+BNB_FN void spread(float from, float& to) { to = from; }
+BNB_FN void spread(float from, F32& to) { to = splat(from); }
 
 template <class V>
 BNB_FN bnb::RuleConstants<V> constants_of(const bnb::RuleConstants<float>& from) {
-  return bnb::spread_constants<V>(from, [](float value) { return spread(value, V{}); });
+  return bnb::spread_constants<V>(from, [](float value) {
+    V wide;
+    spread(value, wide);
+    return wide;
+  });
 }
 
 template <class T>
