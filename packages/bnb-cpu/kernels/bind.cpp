@@ -47,6 +47,7 @@ NB_MODULE(_C, m) {
 
   m.attr("OPTIMIZER_RULES") = bnb::kRules;
   m.def("isa", &bnb_cpu::isa);
+  m.def("isas", &bnb_cpu::isas);
   m.def("supported_isas", &bnb_cpu::supported_isas);
   m.def("set_isa", &bnb_cpu::set_isa);
   m.def("advise_huge_pages",

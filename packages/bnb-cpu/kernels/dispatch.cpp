@@ -7,6 +7,11 @@
 #if defined(_MSC_VER) && defined(_M_X64)
 #include <intrin.h>
 #endif
+#ifdef BNB_HAS_AMX
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace bnb_cpu {
 namespace {
@@ -75,6 +80,38 @@ bool has_avx512vnni() {
 
 bool has_avx512bf16() { return has_avx512vnni() && __builtin_cpu_supports("avx512bf16"); }
 #endif
+
+#ifdef BNB_HAS_AMX
+// Whether the processor has the tile registers and both products, and the operating system saves the registers.
+bool has_tiles() {
+  unsigned a, b, c, d;
+  if (__get_cpuid_count(7, 0, &a, &b, &c, &d) == 0) {
+    return false;
+  }
+  constexpr unsigned kFeatures = 1u << 22 | 1u << 24 | 1u << 25;  // AMX-BF16, AMX-TILE, AMX-INT8
+  // The instruction exists wherever AVX-512 may be used.
+  unsigned low, high;
+  __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  constexpr unsigned kStates = 1u << 17 | 1u << 18;  // XTILECFG, XTILEDATA
+  return (d & kFeatures) == kFeatures && (low & kStates) == kStates;
+}
+
+// Linux lets a process touch the data of the tiles once it has asked, since they make the frames of its signal
+// handlers larger; the answer holds for all of its threads and for processes forked from it. The headers of the C
+// library may be older than the request.
+bool may_use_tiles() {
+  constexpr long kGetPermission = 0x1022, kRequestPermission = 0x1023;  // ARCH_{GET,REQ}_XCOMP_PERM
+  constexpr unsigned long kTileData = 18;                               // XFEATURE_XTILEDATA
+  unsigned long granted = 0;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0 &&
+         syscall(SYS_arch_prctl, kGetPermission, &granted) == 0 && (granted >> kTileData & 1) != 0;
+}
+
+bool has_amx() {
+  static const bool granted = has_avx512bf16() && has_tiles() && may_use_tiles();
+  return granted;
+}
+#endif
 #endif
 
 struct Isa {
@@ -85,11 +122,17 @@ struct Isa {
 
 // Best first.
 constexpr Isa kIsas[] = {
+#ifdef BNB_HAS_AMX
+    {"amx", has_amx, &amx::table},
+#endif
 #ifdef BNB_X86
     {"avx512bf16", has_avx512bf16, &avx512bf16::table},
     {"avx512vnni", has_avx512vnni, &avx512vnni::table},
     {"avx512", has_avx512, &avx512::table},
     {"avx2", has_avx2, &avx2::table},
+#ifdef BNB_HAS_AMXPORTABLE
+    {"amxportable", has_avx512bf16, &amxportable::table},
+#endif
 #elif defined(BNB_ARM)
     {"neon", always, &neon::table},
 #endif
@@ -140,6 +183,14 @@ std::atomic<const Isa*>& current() {
 const Kernels& kernels() { return *current().load(std::memory_order_relaxed)->kernels; }
 
 std::string isa() { return current().load(std::memory_order_relaxed)->name; }
+
+std::vector<std::string> isas() {
+  std::vector<std::string> names;
+  for (const Isa& isa : kIsas) {
+    names.push_back(isa.name);
+  }
+  return names;
+}
 
 std::vector<std::string> supported_isas() {
   std::vector<std::string> names;

@@ -15,7 +15,10 @@ const Kernels& kernels();
 // Name of the instruction set in use.
 std::string isa();
 
-// Names that this machine supports, best first; "scalar" is always the last.
+// Names that this build has, best first; "scalar" is always the last.
+std::vector<std::string> isas();
+
+// Those of them that this machine supports, in the same order.
 std::vector<std::string> supported_isas();
 
 // Use another one. Throws std::invalid_argument when the name is unknown or not supported here.

@@ -58,9 +58,14 @@ void with_count(int64_t count, const Body& body) {
 
 // --- one step of a product -----------------------------------------------------------------------------
 
-// Each kind of product names its word, the vector of sums, and one step on all lanes.
+template <class Product>
+class VectorTile;
+
+// Each kind of product names its word and what its sums are held in; for vectors also their type, and one step on
+// all lanes.
 struct FloatProduct {
   using Word = float;
+  using Tile = VectorTile<FloatProduct>;
   using Sum = F32;
   static F32 zero() { return splat(0.0f); }
   static F32 load(const float* p) { return BNB_ISA::load(p); }
@@ -124,14 +129,54 @@ void multiply_tile_of(int64_t lane_count, const typename Product::Word* scalars,
   }
 }
 
+// What a product holds its sums in: here vectors, in gemm_amx-inl.h the registers of another unit.
+template <class Product>
+class VectorTile {
+  using Word = typename Product::Word;
+
+ public:
+  // What a thread holds while it multiplies.
+  struct Setup {};
+  // Sizes of a tile, and what the steps of a product are a multiple of; the words beyond its end are zero.
+  static constexpr int kRows = kTileRows;
+  static constexpr int kWidth = kTileLanes;
+  static constexpr int64_t kUnitSteps = 1;
+  // A panel of the scalar side (128 KiB), one tile of the vector side over the same steps (up to 96 KiB) and
+  // their sums (up to 144 KiB) stay in the second-level cache.
+  static constexpr int64_t kPanelSteps = 512;
+  static constexpr int64_t kPanelRows = 64 / kRows * kRows;
+  // Whether rows that would leave most lanes of a last vector empty are better multiplied by themselves.
+  static constexpr bool kRestApart = true;
+
+  // multiply_tile for `lane_count` lanes, a multiple of kLanes up to kWidth, and at least `row_count` rows, of
+  // which there are kRows in memory.
+  static void multiply(int64_t lane_count, int64_t row_count, const Word* scalars, int64_t scalar_stride,
+                       const Word* lanes, int64_t lane_stride, int64_t steps, Word* c, int64_t c_stride, bool add) {
+    const auto call = [&](auto multiply_tile_of) {
+      multiply_tile_of(lane_count, scalars, scalar_stride, lanes, lane_stride, steps, c, c_stride, add);
+    };
+    if (row_count == 1) {
+      call(multiply_tile_of<Product, 1>);
+    } else if (row_count <= kRows / 2) {
+      call(multiply_tile_of<Product, kRows / 2>);
+    } else {
+      call(multiply_tile_of<Product, kRows>);
+    }
+  }
+};
+
+// Of `count` rows along the lanes, those that go to a kernel for up to `most` rows.
+template <class Tile>
+int64_t rows_apart(int64_t count, int64_t most) {
+  if (count <= most) {
+    return count;
+  }
+  const int64_t rest = count % kLanes;
+  return Tile::kRestApart && rest <= min_of(most, kLanes / 2) ? rest : 0;
+}
+
 // --- blocks ------------------------------------------------------------------------------------------------
 
-// A panel of the scalar side (kPanelRows x kPanelSteps words, 128 KiB), one tile of the vector side over
-// the same steps (up to 96 KiB) and their sums (up to 144 KiB) stay in the second-level cache.
-constexpr int64_t kPanelSteps = 512;
-constexpr int64_t kPanelRows = 64 / kTileRows * kTileRows;
-// Off a power of two, so that the rows of a panel do not compete for the same lines of the cache.
-constexpr int64_t kPanelStride = kPanelSteps + 16;
 constexpr int64_t kBlockLanes = 576;
 // Bound on the packed vector side; beyond it the product is done slab by slab.
 constexpr int64_t kSlabBytes = int64_t{32} << 20;
@@ -153,24 +198,28 @@ struct PackedTiles {
 // side is packed once; panels of the scalar side are made as they are needed, by each thread for itself.
 //   pack(lane_begin, lane_count, step_begin, step_count, words, width): words[step * width + lane], zero beyond
 //     lane_count up to `width`
-//   fill(row_begin, row_count, step_begin, step_count, words): words[row * kPanelStride + step]
+//   fill(row_begin, row_count, step_begin, step_count, words, stride): words[row * stride + step]
 //   finish(lane_begin, lane_count, row_begin, row_count, sums, stride): sums[row * stride + lane]; may
 //     overwrite them, and the lanes up to the next multiple of kLanes exist
 template <class Product, class Pack, class Fill, class Finish>
 void multiply_blocked(int threads, int64_t lane_rows, int64_t rows, int64_t steps, const Pack& pack, const Fill& fill,
                       const Finish& finish) {
   using Word = typename Product::Word;
+  using Tile = typename Product::Tile;
+  constexpr int64_t kPanelSteps = Tile::kPanelSteps;
+  // Off a power of two, so that the rows of a panel do not compete for the same lines of the cache.
+  constexpr int64_t kPanelStride = kPanelSteps + 16;
   const int64_t slab_rows =
       max_of(1, kSlabBytes / (max_of(1, steps) * static_cast<int64_t>(sizeof(Word))) / kBlockLanes) * kBlockLanes;
   const int64_t slab_lanes = round_up(min_of(lane_rows, slab_rows), kLanes);
   // Small products get smaller blocks, so that there is one for each thread. With a single tile of lanes a
   // panel is read once, and should not leave the first-level cache before that.
   const int64_t most_blocks = ceil_divide(slab_lanes, kBlockLanes);
-  const int64_t share = round_up(ceil_divide(rows, max_of(1, threads / most_blocks)), kTileRows);
-  const int64_t block_rows = min_of(slab_lanes <= kTileLanes ? kTileRows : kPanelRows, share);
+  const int64_t share = round_up(ceil_divide(rows, max_of(1, threads / most_blocks)), Tile::kRows);
+  const int64_t block_rows = min_of(slab_lanes <= Tile::kWidth ? Tile::kRows : Tile::kPanelRows, share);
   const int64_t row_blocks = ceil_divide(rows, block_rows);
   const int64_t parts = parts_of(threads, most_blocks * row_blocks, lane_rows * rows * steps);
-  const int64_t c_stride = min_of(kBlockLanes, round_up(slab_lanes, kTileLanes));
+  const int64_t c_stride = min_of(kBlockLanes, round_up(slab_lanes, Tile::kWidth));
 
   Scratch scratch(
       Scratch::bytes_for<Word>(slab_lanes * steps) +
@@ -181,7 +230,7 @@ void multiply_blocked(int threads, int64_t lane_rows, int64_t rows, int64_t step
 
   for (int64_t slab = 0; slab < lane_rows; slab += slab_rows) {
     const int64_t count = min_of(slab_rows, lane_rows - slab), lanes = round_up(count, kLanes);
-    const PackedTiles layout{lanes, even_piece(lanes, kTileLanes, kLanes)};
+    const PackedTiles layout{lanes, even_piece(lanes, Tile::kWidth, kLanes)};
     const int64_t block = even_piece(lanes, kBlockLanes, layout.tile);
     // Tiles are packed in pieces, to have enough work for all.
     const int64_t tiles = ceil_divide(lanes, layout.tile), pieces = ceil_divide(steps, kPanelSteps);
@@ -197,6 +246,7 @@ void multiply_blocked(int threads, int64_t lane_rows, int64_t rows, int64_t step
     const int64_t blocks = ceil_divide(lanes, block);
     parallel_parts(min_of(parts, blocks * row_blocks), blocks * row_blocks,
                    [&](int64_t part, int64_t begin, int64_t end) {
+                     [[maybe_unused]] const typename Tile::Setup setup{};
                      Word* const panel = panels + part * block_rows * kPanelStride;
                      Word* const c = sums + part * block_rows * c_stride;
                      for (int64_t unit = begin; unit < end; ++unit) {
@@ -207,16 +257,16 @@ void multiply_blocked(int threads, int64_t lane_rows, int64_t rows, int64_t step
                        }
                        for (int64_t step = 0; step < steps; step += kPanelSteps) {
                          const int64_t step_count = min_of(kPanelSteps, steps - step);
-                         fill(row, row_count, step, step_count, panel);
-                         for (int64_t r = row_count; r < round_up(row_count, kTileRows); ++r) {
+                         fill(row, row_count, step, step_count, panel, kPanelStride);
+                         for (int64_t r = row_count; r < round_up(row_count, Tile::kRows); ++r) {
                            memset(panel + r * kPanelStride, 0, static_cast<size_t>(step_count) * sizeof(Word));
                          }
                          for (int64_t lane = first; lane < last; lane += layout.tile) {
                            const int64_t width = layout.width_at(lane);
-                           for (int64_t r = 0; r < row_count; r += kTileRows) {
-                             multiply_tile_of<Product>(width, panel + r * kPanelStride, kPanelStride,
-                                                       packed + lane * steps + step * width, width, step_count,
-                                                       c + r * c_stride + (lane - first), c_stride, step > 0);
+                           for (int64_t r = 0; r < row_count; r += Tile::kRows) {
+                             Tile::multiply(width, row_count - r, panel + r * kPanelStride, kPanelStride,
+                                            packed + lane * steps + step * width, width, step_count,
+                                            c + r * c_stride + (lane - first), c_stride, step > 0);
                            }
                          }
                        }

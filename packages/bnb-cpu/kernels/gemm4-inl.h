@@ -39,12 +39,12 @@ void pack_activations(const T* a, int64_t width, bool grouped_order, int64_t lan
   for (int64_t group = first; group < last; group += kGroup) {
     const int64_t count = min_of(kGroup, last - group), whole = count / kBlock * kBlock;
     Word* const to = words + (group - first) / kPerWord * lanes;
-    int64_t lane = 0;
-    for (; lane + kLanes <= lane_count; lane += kLanes) {
+    for (int64_t lane = 0; lane < lane_count; lane += kLanes) {
+      const int64_t here = min_of(kLanes, lane_count - lane);
       for (int64_t k = 0; k < whole; k += kBlock) {
         F32 block[kLanes];
         for (int i = 0; i < kLanes; ++i) {
-          const F32 row = Operands::words_at(a + (lane + i) * width + group + k);
+          const F32 row = i < here ? Operands::words_at(a + (lane + i) * width + group + k) : splat(0.0f);
           block[i] = grouped_order ? Operands::arranged(row) : row;
         }
         transpose(block);
@@ -52,10 +52,8 @@ void pack_activations(const T* a, int64_t width, bool grouped_order, int64_t lan
           Operands::Product::store(to + Operands::step_of(k, i, grouped_order) * lanes + lane, block[i]);
         }
       }
-      pack_scalars<Operands>(a + lane * width + group, width, grouped_order, kLanes, whole, count, to + lane, lanes);
+      pack_scalars<Operands>(a + lane * width + group, width, grouped_order, here, whole, count, to + lane, lanes);
     }
-    pack_scalars<Operands>(a + lane * width + group, width, grouped_order, lane_count - lane, 0, count, to + lane,
-                           lanes);
   }
 }
 
@@ -71,11 +69,11 @@ void multiply_many(const Weight4& weight, const T* a, int64_t count, int threads
         pack_activations<Operands>(a + lane * width, width, weight.grouped_order, lane_count, step, steps, words,
                                    lanes);
       },
-      [&](int64_t row, int64_t row_count, int64_t step, int64_t steps, Word* words) {
+      [&](int64_t row, int64_t row_count, int64_t step, int64_t steps, Word* words, int64_t stride) {
         const Table16 table(weight.values);
         const int64_t k = step * kPerWord, elements = min_of(steps * kPerWord, width - k);
         for (int64_t r = 0; r < row_count; ++r) {
-          Operands::decode(weight, table, row + r, k, elements, words + r * kPanelStride);
+          Operands::decode(weight, table, row + r, k, elements, words + r * stride);
         }
       },
       [&](int64_t lane, int64_t lane_count, int64_t row, int64_t row_count, Word* sums, int64_t stride) {
@@ -88,9 +86,8 @@ void multiply_4bit(const Weight4& weight, const T* a, int64_t count, Bias bias, 
   if (count == 0 || weight.rows == 0) {
     return;
   }
-  const int64_t left = count % kLanes;
-  // Rows that would leave most lanes of a last vector empty.
-  const int64_t few = count <= kDotRows ? count : left <= min_of(kDotRows, kLanes / 2) ? left : 0;
+  using Operands = typename OperandsOf<T>::type;
+  const int64_t few = rows_apart<typename Operands::Product::Tile>(count, Operands::kFewRows);
   const int64_t many = count - few, features = weight.rows;
   if (many > 0) {
     multiply_many(weight, a, many, threads,
@@ -125,27 +122,18 @@ void multiply_4bit(const Weight4& weight, const T* a, int64_t count, Bias bias, 
 // Here the lanes lie along the rows of the weight, in which direction it is decoded, and the steps across them.
 constexpr int64_t kStreamSteps = 128;
 constexpr int64_t kStreamLanes = 128;
-constexpr int64_t kStreamRows = 512 / kTileRows * kTileRows;
+constexpr int64_t kStreamRows = 512;
 
 // c (+)= the product over a panel of `steps` steps and `lanes` lanes.
-template <class Product, class Word>
+template <class Tile, class Word>
 void multiply_panel(const Word* scalars, int64_t scalar_stride, int64_t rows, const Word* panel, int64_t lanes,
                     int64_t steps, Word* c, bool add) {
-  const PackedTiles layout{lanes, even_piece(lanes, kTileLanes, kLanes)};
+  const PackedTiles layout{lanes, even_piece(lanes, Tile::kWidth, kLanes)};
   for (int64_t lane = 0; lane < lanes; lane += layout.tile) {
     const int64_t width = layout.width_at(lane);
-    for (int64_t r = 0; r < rows; r += kTileRows) {
-      const Word* from = scalars + r * scalar_stride;
-      Word* to = c + r * kStreamLanes + lane;
-      const int64_t left = rows - r;
-      if (left == 1) {
-        multiply_tile_of<Product, 1>(width, from, scalar_stride, panel + lane, lanes, steps, to, kStreamLanes, add);
-      } else if (left <= kTileRows / 2) {
-        multiply_tile_of<Product, kTileRows / 2>(width, from, scalar_stride, panel + lane, lanes, steps, to,
-                                                 kStreamLanes, add);
-      } else {
-        multiply_tile_of<Product>(width, from, scalar_stride, panel + lane, lanes, steps, to, kStreamLanes, add);
-      }
+    for (int64_t r = 0; r < rows; r += Tile::kRows) {
+      Tile::multiply(width, rows - r, scalars + r * scalar_stride, scalar_stride, panel + lane, lanes, steps,
+                     c + r * kStreamLanes + lane, kStreamLanes, add);
     }
   }
 }
@@ -176,17 +164,18 @@ void store_ordered(const float* sums, bool grouped_order, int64_t count, T* out)
 template <class T>
 void multiply_4bit_transposed(const Weight4& weight, const T* a, int64_t count, T* out, int threads) {
   using Operands = typename OperandsOf<T>::type;
-  using Product = typename Operands::Product;
+  using Tile = typename Operands::Product::Tile;
   using Word = typename Operands::Word;
-  constexpr int kPerWord = Operands::kPerWord;
   if (count == 0 || weight.width == 0) {
     return;
   }
-  const int64_t width = weight.width, steps = ceil_divide(weight.rows, kPerWord), stride = steps + 16;
+  constexpr int64_t kBlockRows = kStreamRows / Tile::kRows * Tile::kRows;
+  const int64_t width = weight.width, weight_steps = ceil_divide(weight.rows, Operands::kPerWord);
+  const int64_t steps = round_up(weight_steps, Tile::kUnitSteps), stride = steps + 16;
   const int64_t slab_rows =
-      min_of(round_up(count, kTileRows),
-             max_of(1, kSlabBytes / (stride * static_cast<int64_t>(sizeof(Word))) / kStreamRows) * kStreamRows);
-  const int64_t block_rows = min_of(slab_rows, kStreamRows), lane_blocks = ceil_divide(width, kStreamLanes);
+      min_of(round_up(count, Tile::kRows),
+             max_of(1, kSlabBytes / (stride * static_cast<int64_t>(sizeof(Word))) / kBlockRows) * kBlockRows);
+  const int64_t block_rows = min_of(slab_rows, kBlockRows), lane_blocks = ceil_divide(width, kStreamLanes);
   const int64_t units = ceil_divide(slab_rows, block_rows) * lane_blocks;
   const int64_t parts = parts_of(threads, units, count * weight.rows * width);
   Scratch scratch(Scratch::bytes_for<Word>(slab_rows * stride) +
@@ -197,7 +186,7 @@ void multiply_4bit_transposed(const Weight4& weight, const T* a, int64_t count, 
   Word* const sums = scratch.take<Word>(parts * block_rows * kStreamLanes);
 
   for (int64_t slab = 0; slab < count; slab += slab_rows) {
-    const int64_t rows = min_of(slab_rows, count - slab), padded_rows = round_up(rows, kTileRows);
+    const int64_t rows = min_of(slab_rows, count - slab), padded_rows = round_up(rows, Tile::kRows);
     parallel_parts(min_of(parts, padded_rows), padded_rows, [&](int64_t, int64_t begin, int64_t end) {
       for (int64_t r = begin; r < end; ++r) {
         Word* to = scalars + r * stride;
@@ -210,6 +199,7 @@ void multiply_4bit_transposed(const Weight4& weight, const T* a, int64_t count, 
     const int64_t row_blocks = ceil_divide(rows, block_rows);
     parallel_parts(min_of(parts, row_blocks * lane_blocks), row_blocks * lane_blocks,
                    [&](int64_t part, int64_t begin, int64_t end) {
+                     [[maybe_unused]] const typename Tile::Setup setup{};
                      const Table16 table(weight.values);
                      Word* const panel = panels + part * kStreamSteps * kStreamLanes;
                      Word* const c = sums + part * block_rows * kStreamLanes;
@@ -222,11 +212,14 @@ void multiply_4bit_transposed(const Weight4& weight, const T* a, int64_t count, 
                        }
                        for (int64_t step = 0; step < steps; step += kStreamSteps) {
                          const int64_t step_count = min_of(kStreamSteps, steps - step);
-                         for (int64_t s = 0; s < step_count; ++s) {
+                         const int64_t decoded = min_of(step_count, weight_steps - step);
+                         for (int64_t s = 0; s < decoded; ++s) {
                            Operands::decode_lanes(weight, table, step + s, k, elements, panel + s * lanes);
                          }
-                         multiply_panel<Product>(scalars + row * stride + step, stride, row_count, panel, lanes,
-                                                 step_count, c, step > 0);
+                         memset(panel + decoded * lanes, 0,
+                                static_cast<size_t>((step_count - decoded) * lanes) * sizeof(Word));
+                         multiply_panel<Tile>(scalars + row * stride + step, stride, row_count, panel, lanes,
+                                              step_count, c, step > 0);
                        }
                        for (int64_t r = 0; r < row_count; ++r) {
                          store_ordered(reinterpret_cast<const float*>(c + r * kStreamLanes), weight.grouped_order,

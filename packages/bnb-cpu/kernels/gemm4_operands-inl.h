@@ -1,7 +1,10 @@
 // The two sides of a product with a 4-bit weight in the words of gemm-inl.h.
 #pragma once
 
-#include "gemm4_weight-inl.h"
+#include "gemm4_dot-inl.h"
+#ifdef BNB_AMX
+#include "gemm_amx-inl.h"
+#endif
 
 namespace bnb_cpu {
 namespace BNB_ISA {
@@ -11,6 +14,8 @@ struct FloatOperands {
   using Product = FloatProduct;
   using Word = float;
   static constexpr int kPerWord = 1;
+  // Most rows of activations that gemm4_dot-inl.h takes.
+  static constexpr int kFewRows = kDotRows;
 
   template <class T>
   static void set(Word* words, int64_t, T value) {
@@ -55,14 +60,23 @@ struct FloatOperands {
 #ifdef BNB_AVX512BF16
 struct BFloat16Product {
   using Word = int32_t;
+  static void store(Word* p, F32 a) { BNB_ISA::store(reinterpret_cast<float*>(p), a); }
+#ifdef BNB_AMX
+  using Tile = AmxTile<BFloat16Product>;
+  template <int kSums>
+  static void dot() {
+    amx_dot_bfloat16<kSums>();
+  }
+#else
+  using Tile = VectorTile<BFloat16Product>;
   using Sum = F32;
   static F32 zero() { return splat(0.0f); }
   static F32 load(const Word* p) { return BNB_ISA::load(reinterpret_cast<const float*>(p)); }
-  static void store(Word* p, F32 a) { BNB_ISA::store(reinterpret_cast<float*>(p), a); }
   static F32 step(F32 sum, const Word* lanes, Word word) {
     return {_mm512_dpbf16_ps(sum.v, reinterpret_cast<__m512bh>(_mm512_loadu_si512(lanes)),
                              reinterpret_cast<__m512bh>(_mm512_set1_epi32(word)))};
   }
+#endif
 };
 
 // Both as pairs of bfloat16, the weight rounded from its product with absmax, as a layer with a
@@ -71,6 +85,14 @@ struct BFloat16Operands {
   using Product = BFloat16Product;
   using Word = int32_t;
   static constexpr int kPerWord = 2;
+#ifdef BNB_AMX
+  // Per element of the weight, decoding takes about a tenth of a cycle, and a dot product 1/32 for each row of
+  // activations; the registers take 1/32 for all of 16 rows, and as much for the way of the weight through memory.
+  // Below five rows there is next to nothing to gain, and the weight comes from memory no faster.
+  static constexpr int kFewRows = 4;
+#else
+  static constexpr int kFewRows = kDotRows;
+#endif
 
   static void set(Word* words, int64_t part, bnb::BFloat16 value) {
     memcpy(reinterpret_cast<char*>(words) + 2 * part, &value, sizeof value);

@@ -1,6 +1,9 @@
 // Products of int8 matrices, exact modulo 2^32, and their way back to floating point.
 #pragma once
 
+#ifdef BNB_AMX
+#include "gemm_amx-inl.h"
+#endif
 #include "int8_dot-inl.h"
 #include "int8_quant-inl.h"
 
@@ -10,30 +13,47 @@ namespace BNB_ISA {
 // --- many rows -------------------------------------------------------------------------------------------
 
 #if defined(BNB_AVX512VNNI)
-// Four bytes to a word: those along the lanes get 128 added, and the sums lose 128 times the sum of the
-// weight's row.
+// Four bytes to a word. In vectors those along the lanes get 128 added, by which they become unsigned, and the sums
+// lose 128 times the sum of the weight's row.
 struct Int8Product {
   using Word = int32_t;
-  using Sum = I32;
   static constexpr int kPerWord = 4;
+#ifdef BNB_AMX
+  using Tile = AmxTile<Int8Product>;
+  static constexpr int32_t kOffset = 0;
+
+  template <int kSums>
+  static void dot() {
+    amx_dot_int8<kSums>();
+  }
+#else
+  using Tile = VectorTile<Int8Product>;
+  using Sum = I32;
   static constexpr int32_t kOffset = 128;
 
   static I32 step(I32 sum, const Word* lanes, Word word) {
     return {_mm512_dpbusd_epi32(sum.v, _mm512_loadu_si512(lanes), _mm512_set1_epi32(word))};
   }
+#endif
   static void copy_row(const int8_t* from, int64_t count, Word* out) { memcpy(out, from, static_cast<size_t>(count)); }
   static Word lane_word(const int8_t* from) {
     uint32_t word;
     memcpy(&word, from, sizeof word);
-    return static_cast<Word>(word ^ 0x80808080u);
+    return static_cast<Word>(word ^ kOffsets);
   }
   static I32 lane_words(const int8_t* from) {
-    return {_mm512_xor_si512(_mm512_loadu_si512(from), _mm512_set1_epi8(static_cast<char>(0x80)))};
+    return {_mm512_xor_si512(_mm512_loadu_si512(from), _mm512_set1_epi32(static_cast<Word>(kOffsets)))};
   }
+
+ private:
+  static constexpr uint32_t kOffsets = kOffset * 0x01010101u;
+
+ public:
 #else
 // Two int16 to a word.
 struct Int8Product {
   using Word = int32_t;
+  using Tile = VectorTile<Int8Product>;
   using Sum = I32;
   static constexpr int kPerWord = 2;
   static constexpr int32_t kOffset = 0;
@@ -104,28 +124,27 @@ BNB_FN void pack_int8_scalars(const int8_t* a, int64_t count, int64_t stride, in
 BNB_FN void pack_int8(const int8_t* a, int64_t width, int64_t lane_count, int64_t step, int64_t steps, int32_t* words,
                       int64_t lanes) {
   constexpr int kPerWord = Int8Product::kPerWord;
-  if (lane_count < lanes) {
+  const int64_t whole = min_of(steps, width / kPerWord - step);
+  const int64_t last = min_of(steps, ceil_divide(width, kPerWord) - step);
+  if (lane_count < lanes || last < steps) {
     memset(words, 0, static_cast<size_t>(steps * lanes) * sizeof *words);
   }
-  const int64_t whole = min_of(steps, width / kPerWord - step);
   const int8_t* const from = a + step * kPerWord;
-  int64_t lane = 0;
-  for (; lane + kLanes <= lane_count; lane += kLanes) {
+  for (int64_t lane = 0; lane < lane_count; lane += kLanes) {
+    const int64_t here = min_of(kLanes, lane_count - lane);
     int64_t s = 0;
     for (; s + kLanes <= whole; s += kLanes) {
       I32 block[kLanes];
       for (int i = 0; i < kLanes; ++i) {
-        block[i] = Int8Product::lane_words(from + (lane + i) * width + s * kPerWord);
+        block[i] = i < here ? Int8Product::lane_words(from + (lane + i) * width + s * kPerWord) : splat(0);
       }
       transpose(block);
       for (int i = 0; i < kLanes; ++i) {
         store(words + (s + i) * lanes + lane, block[i]);
       }
     }
-    pack_int8_scalars(from + lane * width, width - step * kPerWord, width, kLanes, s, steps, words + lane, lanes);
+    pack_int8_scalars(from + lane * width, width - step * kPerWord, width, here, s, last, words + lane, lanes);
   }
-  pack_int8_scalars(from + lane * width, width - step * kPerWord, width, lane_count - lane, 0, steps, words + lane,
-                    lanes);
 }
 
 BNB_FN uint32_t sum_of_bytes(const int8_t* p, int64_t count) {
@@ -150,15 +169,17 @@ void multiply_int8_many(const int8_t* a, const int8_t* b, int64_t count, int64_t
                         const Finish& finish) {
   constexpr int kPerWord = Int8Product::kPerWord;
   multiply_blocked<Int8Product>(
-      threads, count, rows, ceil_divide(width, kPerWord),
+      threads, count, rows, round_up(ceil_divide(width, kPerWord), Int8Product::Tile::kUnitSteps),
       [=](int64_t lane, int64_t lane_count, int64_t step, int64_t steps, int32_t* words, int64_t lanes) {
         pack_int8(a + lane * width, width, lane_count, step, steps, words, lanes);
       },
-      [=](int64_t row, int64_t row_count, int64_t step, int64_t steps, int32_t* words) {
+      [=](int64_t row, int64_t row_count, int64_t step, int64_t steps, int32_t* words, int64_t stride) {
         const int64_t k = step * kPerWord, elements = min_of(steps * kPerWord, width - k);
+        const int64_t whole = elements / kPerWord;
         for (int64_t r = 0; r < row_count; ++r) {
-          words[r * kPanelStride + steps - 1] = 0;
-          Int8Product::copy_row(b + (row + r) * width + k, elements, words + r * kPanelStride);
+          int32_t* const to = words + r * stride;
+          memset(to + whole, 0, static_cast<size_t>(steps - whole) * sizeof *to);
+          Int8Product::copy_row(b + (row + r) * width + k, elements, to);
         }
       },
       [&](int64_t lane, int64_t lane_count, int64_t row, int64_t row_count, int32_t* sums, int64_t stride) {
@@ -182,8 +203,7 @@ void multiply_int8(const int8_t* a, const int8_t* b, int64_t count, int64_t rows
   if (count == 0 || rows == 0) {
     return;
   }
-  const int64_t left = count % kLanes;
-  const int64_t few = count <= Int8Dot::kRows ? count : left <= min_of(Int8Dot::kRows, kLanes / 2) ? left : 0;
+  const int64_t few = rows_apart<Int8Product::Tile>(count, Int8Dot::kRows);
   const int64_t many = count - few;
   if (many > 0) {
     multiply_int8_many(a, b, many, rows, width, threads, take_many);

@@ -133,6 +133,12 @@ extern const Kernels table;
 namespace avx512bf16 {
 extern const Kernels table;
 }
+namespace amx {
+extern const Kernels table;
+}
+namespace amxportable {
+extern const Kernels table;
+}
 namespace neon {
 extern const Kernels table;
 }

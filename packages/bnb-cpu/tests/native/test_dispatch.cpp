@@ -1,4 +1,5 @@
 // Choice of the instruction set. CTest sets BNB_CPU_ISA.
+#include <algorithm>
 #include <stdexcept>
 
 #include "testing.h"
@@ -29,6 +30,13 @@ void check_choice() {
   CHECK(bnb_cpu::isa() == "scalar", "BNB_CPU_ISA=scalar gave %s", bnb_cpu::isa().c_str());
   const std::vector<std::string> names = bnb_cpu::supported_isas();
   CHECK(!names.empty() && names.back() == "scalar", "scalar is not the last");
+  for (const std::string& name : bnb_cpu::isas()) {
+    if (std::find(names.begin(), names.end(), name) == names.end()) {
+      std::printf("No test runs %s: this machine does not support it.\n", name.c_str());
+      CHECK(contains(error_of([&] { bnb_cpu::set_isa(name); }), "is not supported by this machine"), "%s was taken",
+            name.c_str());
+    }
+  }
   for (const std::string& name : names) {
     bnb_cpu::set_isa(name);
     CHECK(bnb_cpu::isa() == name, "%s after set_isa(%s)", bnb_cpu::isa().c_str(), name.c_str());

@@ -50,6 +50,11 @@ struct Call {
         dtype(static_cast<int>(between(random, 0, 2))),
         threads(static_cast<int>(between(random, 1, 4))),
         place(between(random, 0, 1) == 0 ? Guarded::kAtEnd : Guarded::kAtStart) {}
+  Call(Random& random, int64_t count, int64_t rows, int64_t width) : Call(random) {
+    this->count = count;
+    this->rows = rows;
+    this->width = width;
+  }
 
   std::string describe(const char* kernel) const {
     return bnb_cpu::isa() + " " + kernel + " " + std::to_string(count) + "x" + std::to_string(rows) + "x" +
@@ -305,18 +310,32 @@ void check_int8_linear(const Call& call, Random& random) {
   out.check("out");
 }
 
+void check(const Call& call, Random& random) {
+  check_gemm_4bit(call, random);
+  check_int8_quant(call, random);
+  check_int8_products(call, random);
+  check_int8_linear(call, random);
+}
+
 }  // namespace
 
 int main() {
+  struct Shape {
+    int64_t count, rows, width;
+  };
   for (const std::string& isa : bnb_cpu::supported_isas()) {
     bnb_cpu::set_isa(isa);
     Random random(11);
     for (int i = 0; i < 150; ++i) {
-      const Call call(random);
-      check_gemm_4bit(call, random);
-      check_int8_quant(call, random);
-      check_int8_products(call, random);
-      check_int8_linear(call, random);
+      check(Call(random), random);
+    }
+    // More than one block along each side, and more than one panel of steps.
+    for (const auto& [count, rows, width] : {Shape{610, 20, 150}, {19, 300, 1100}, {40, 530, 264}, {7, 40, 4200}}) {
+      for (int dtype = 0; dtype < 3; ++dtype) {
+        Call call(random, count, rows, width);
+        call.dtype = dtype;
+        check(call, random);
+      }
     }
   }
   return 0;
