@@ -37,6 +37,10 @@ void parallel_parts(int64_t parts, int64_t count, const Body& body) {
   });
 }
 
+// How far ahead inner products ask for a weight of which they read `bytes` at a time, one row beside the other. Short
+// rows are read through faster than memory answers.
+BNB_FN int64_t prefetch_distance(int64_t bytes) { return max_of(bytes, 4096); }
+
 // --- counts known to the compiler -------------------------------------------------------------------------
 
 // Calls body(Count<n>{}) for the `n` that equals count, 1 to kMost.
@@ -186,6 +190,16 @@ BNB_FN int64_t even_piece(int64_t total, int64_t most, int64_t unit) {
   return round_up(ceil_divide(total, max_of(1, ceil_divide(total, most))), unit);
 }
 
+// Rows of a block, more than half of `most`, with which whole blocks reach the least beyond `share`. All are multiples
+// of `unit`.
+BNB_FN int64_t even_block(int64_t share, int64_t most, int64_t unit) {
+  int64_t best = min_of(most, share);
+  for (int64_t block = best - unit; 2 * block > most; block -= unit) {
+    best = round_up(share, block) < round_up(share, best) ? block : best;
+  }
+  return best;
+}
+
 // The vector side in memory: tile after tile, each [step][lane of the tile].
 struct PackedTiles {
   int64_t lanes;  // a multiple of kLanes
@@ -212,11 +226,12 @@ void multiply_blocked(int threads, int64_t lane_rows, int64_t rows, int64_t step
   const int64_t slab_rows =
       max_of(1, kSlabBytes / (max_of(1, steps) * static_cast<int64_t>(sizeof(Word))) / kBlockLanes) * kBlockLanes;
   const int64_t slab_lanes = round_up(min_of(lane_rows, slab_rows), kLanes);
-  // Small products get smaller blocks, so that there is one for each thread. With a single tile of lanes a
+  // Small products get smaller blocks, so that each thread has as many of them. With a single tile of lanes a
   // panel is read once, and should not leave the first-level cache before that.
   const int64_t most_blocks = ceil_divide(slab_lanes, kBlockLanes);
   const int64_t share = round_up(ceil_divide(rows, max_of(1, threads / most_blocks)), Tile::kRows);
-  const int64_t block_rows = min_of(slab_lanes <= Tile::kWidth ? Tile::kRows : Tile::kPanelRows, share);
+  const int64_t block_rows =
+      even_block(share, slab_lanes <= Tile::kWidth ? Tile::kRows : Tile::kPanelRows, Tile::kRows);
   const int64_t row_blocks = ceil_divide(rows, block_rows);
   const int64_t parts = parts_of(threads, most_blocks * row_blocks, lane_rows * rows * steps);
   const int64_t c_stride = min_of(kBlockLanes, round_up(slab_lanes, Tile::kWidth));

@@ -256,10 +256,14 @@ struct ScaledBFloat16Dot {
 // Rows of the weight that go through one stretch of the activations together.
 constexpr int64_t kDotBlock = 16;
 
+// Most statistics of a block of rows that are expanded together.
+constexpr int64_t kBlockScales = 1024;
+
 // Adds the products over elements [k, k + count) of kWeights weight rows, in grouped order, to
 // totals[m * kDotBlock + r]. A stretch is too short for the processor to foresee it in the next rows.
+// `expanded`: the statistics of these rows, or null.
 template <class Dot, int kWeights, int kActs>
-void dot_chunk(const Dot& dot, const Weight4& weight, int64_t row, int64_t k, int64_t count,
+void dot_chunk(const Dot& dot, const Weight4& weight, int64_t row, int64_t k, int64_t count, const Scales4* expanded,
                const typename Dot::Word* acts, F32* totals) {
   F32 sums[kWeights][kActs];
   Scales4 scales[kWeights];
@@ -267,21 +271,21 @@ void dot_chunk(const Dot& dot, const Weight4& weight, int64_t row, int64_t k, in
   const uint8_t* from[kWeights];
 #pragma GCC unroll 4
   for (int r = 0; r < kWeights; ++r) {
-    scales[r] = scales_of(weight, row + r, k, count, buffers[r]);
+    scales[r] = expanded != nullptr ? *expanded : scales_of(weight, row + r, k, count, buffers[r]);
     from[r] = weight.packed + ((row + r) * weight.width + k) / 2;
 #pragma GCC unroll 8
     for (int m = 0; m < kActs; ++m) {
       sums[r][m] = totals[m * kDotBlock + r];
     }
   }
-  const int64_t whole = count / kGroup * kGroup;
+  const int64_t whole = count / kGroup * kGroup, ahead = prefetch_distance(kWeights * weight.width / 2);
   for (int64_t at = 0; at < whole; at += kGroup) {
     I32 codes[kWeights];
     typename Dot::Factor factors[kWeights];
 #pragma GCC unroll 4
     for (int r = 0; r < kWeights; ++r) {
       codes[r] = load_dwords(from[r] + at / 2);
-      prefetch(from[r] + at / 2, kWeights * weight.width / 2);
+      prefetch(from[r] + at / 2, ahead);
       factors[r] = dot.factor(scales[r], (row + r) * weight.width + k + at);
     }
     dot.template group<kWeights, kActs>(sums, codes, factors, acts + (k + at) * kActs);
@@ -324,14 +328,19 @@ void dot_weight(const Weight4& weight, const typename Dot::Word* acts, int threa
       for (int64_t i = 0; i < kDotBlock * kActs; ++i) {
         totals[i] = splat(0.0f);
       }
+      // Rows of one stretch have few statistics each: those of a block are expanded at once.
+      float buffer[kBlockScales + kLanes];
+      const bool together = weight.width <= kStretch && (rows * weight.width >> weight.shift) + 2 <= kBlockScales;
+      const Scales4 scales = together ? scales_of(weight, first, 0, rows * weight.width, buffer) : Scales4{};
+      const Scales4* const expanded = together ? &scales : nullptr;
       for (int64_t k = 0; k < weight.width; k += kStretch) {
         const int64_t count = min_of(kStretch, weight.width - k);
         int64_t r = 0;
         for (; r + kWeights <= rows; r += kWeights) {
-          dot_chunk<Dot, kWeights, kActs>(dot, weight, first + r, k, count, acts, totals + r);
+          dot_chunk<Dot, kWeights, kActs>(dot, weight, first + r, k, count, expanded, acts, totals + r);
         }
         for (; r < rows; ++r) {
-          dot_chunk<Dot, 1, kActs>(dot, weight, first + r, k, count, acts, totals + r);
+          dot_chunk<Dot, 1, kActs>(dot, weight, first + r, k, count, expanded, acts, totals + r);
         }
       }
       for (int m = 0; m < kActs; ++m) {

@@ -153,6 +153,7 @@ struct Scales4 {
   }
 };
 
+// Of `count` elements from one of a row on. The rows of a weight follow each other without a gap.
 BNB_FN Scales4 scales_of(const Weight4& weight, int64_t row, int64_t k, int64_t count, float* buffer) {
   const int64_t element = row * weight.width + k;
   const int64_t first = element >> weight.shift, last = (element + count - 1) >> weight.shift;
@@ -175,20 +176,32 @@ BNB_FN I32 load_dwords(const uint8_t* bytes) {
 #endif
 }
 
-// The first `count` dwords; the other lanes are zero.
-BNB_FN I32 load_dwords(const uint8_t* bytes, int64_t count) {
-  int32_t dwords[kLanes] = {};
-  memcpy(dwords, bytes, static_cast<size_t>(count) * sizeof(int32_t));
-  return load(dwords);
-}
-
 // All bits in the first `count` lanes.
 BNB_FN I32 lane_mask(int64_t count) {
+#if defined(__AVX512F__)
+  return {_mm512_maskz_set1_epi32(static_cast<__mmask16>((1u << count) - 1), -1)};
+#elif defined(__AVX2__)
+  return {_mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(count)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7))};
+#else
   int32_t lanes[kLanes];
   for (int lane = 0; lane < kLanes; ++lane) {
     lanes[lane] = lane < count ? -1 : 0;
   }
   return load(lanes);
+#endif
+}
+
+// The first `count` dwords; the other lanes are zero.
+BNB_FN I32 load_dwords(const uint8_t* bytes, int64_t count) {
+#if defined(__AVX512F__)
+  return {_mm512_maskz_loadu_epi32(static_cast<__mmask16>((1u << count) - 1), bytes)};
+#elif defined(__AVX2__)
+  return {_mm256_maskload_epi32(reinterpret_cast<const int*>(bytes), lane_mask(count).v)};
+#else
+  int32_t dwords[kLanes] = {};
+  memcpy(dwords, bytes, static_cast<size_t>(count) * sizeof(int32_t));
+  return load(dwords);
+#endif
 }
 
 #ifdef BNB_AVX512BF16

@@ -110,11 +110,13 @@ void dot_int8(const int8_t* weight, int64_t width, int64_t k, int64_t count, con
       sums[r][m] = totals[m * kInt8Block + r];
     }
   }
+  const int64_t ahead = prefetch_distance(kWeights * width);
   const auto add = [&](int64_t at, const auto&... left) {
     decltype(Int8Dot::weights(weight)) words[kWeights];
 #pragma GCC unroll 4
     for (int r = 0; r < kWeights; ++r) {
       words[r] = Int8Dot::weights(weight + r * width + at, left...);
+      prefetch(weight + r * width + at, ahead);
     }
 #pragma GCC unroll 8
     for (int m = 0; m < kActs; ++m) {
