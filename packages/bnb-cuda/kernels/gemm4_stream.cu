@@ -1,13 +1,12 @@
 // Products of a 4-bit weight with up to 16 rows of activations on compute capabilities 9.0 to 10.x: bound by
 // reading the weight.
 //
-// One thread block lives on each multiprocessor and takes tiles of 16 or 32 rows of the weight in turn. One
-// warp has bulk copies bring the codes into a ring in shared memory, 2048 columns per stage, across the ends
-// of tiles: memory is always busy. Sixteen warps share the columns of a stage; each also brings the
-// statistics of one or two rows, so that every absmax is decoded once. Activations come out of the
-// first-level cache, one chunk ahead. The partial sums of the warps meet in one of two buffers.
-#include <type_traits>
-
+// One thread block lives on each multiprocessor and has a range of tiles of 16 rows of the weight. It takes
+// strips of a few tiles, in a strip segments of 2048 columns, in a segment the tiles: the activations of a
+// segment stay in registers for all tiles of a strip, and the sums of a strip meet once. A tile of a segment is
+// a stage of a ring in shared memory. One warp has bulk copies bring its codes; memory is always busy. A few
+// warps bring its statistics and decode nested ones: they run ahead as far as the ring reaches, so that nobody
+// waits for a load. Sixteen warps share the columns of a stage and multiply.
 #include "barriers.h"
 #include "gemm4.h"
 
@@ -16,31 +15,55 @@ namespace {
 
 constexpr int kWarps = 16;
 constexpr int kMathThreads = kWarps * kLanes;
-constexpr int kThreads = kMathThreads + kLanes;
+// With one warp for the copies these make 20, as many as share the registers evenly.
+constexpr int kScaleWarps = 3;
+constexpr int kScaleThreads = kScaleWarps * kLanes;
+constexpr int kCopyWarp = kWarps + kScaleWarps;
+constexpr int kThreads = (kCopyWarp + 1) * kLanes;
+constexpr int kRows = 16;       // of a tile
+constexpr int kStripTiles = 4;  // of a strip, at most
 constexpr int kStageColumns = 2048;
 constexpr int kCodePitch = kStageColumns / 2 + 32;
-// Floats added to each token's row of partial sums: moves neighbouring tokens to other banks.
-constexpr int kSumPadding = 4;
+// Rows of a token's partial sums; neighbouring tokens lie in other banks.
+constexpr int kSumPitch = kStripTiles * kRows + 4;
 constexpr int kSharedLimit = 226 * 1024;
-// Statistics that are on their way to registers, in stages.
-constexpr int kScalesInFlight = 2;
+constexpr int kMostStages = 8;
 
-template <int kChunk, int kRowTiles, int kTokenTiles>
+template <int kChunk, int kTokenTiles>
 struct SharedLayout {
-  static constexpr int kRows = 16 * kRowTiles;
   static constexpr int kChunks = kStageColumns / kChunk;
   static constexpr int kScalePitch = kChunks + 4;
-  static constexpr int kPartialFloats = kWarps * 8 * kTokenTiles * (kRows + kSumPadding);
+  static constexpr int kPartialFloats = kWarps * 8 * kTokenTiles * kSumPitch;
   static constexpr int kStageBytes = kRows * (kCodePitch + kScalePitch * 4);
-  static constexpr int kFixedBytes = kPairTableBytes + 2 * kPartialFloats * 4 + 256 * 4 + 256;
-  static constexpr int kFit = (kSharedLimit - kFixedBytes) / kStageBytes;
-  static constexpr int kStages = kFit < 7 ? kFit : 7;
   static constexpr int kPartial = kPairTableBytes;
-  static constexpr int kNestedCode = kPartial + 2 * kPartialFloats * 4;
+  static constexpr int kNestedCode = kPartial + kPartialFloats * 4;
   static constexpr int kBarriers = kNestedCode + 256 * 4;
-  static constexpr int kRing = kBarriers + 256;
+  static constexpr int kRing = kBarriers + 128;
+  static constexpr int kFit = (kSharedLimit - kRing) / kStageBytes;
+  static constexpr int kStages = kFit < kMostStages ? kFit : kMostStages;
   static constexpr int kBytes = kRing + kStages * kStageBytes;
   static_assert(kStages >= 2, "a ring has two stages");
+  static_assert(2 * kMostStages * sizeof(uint64_t) <= kRing - kBarriers, "barriers have room");
+};
+
+// The stages of a thread block in their order.
+struct StageWalk {
+  const int end, segments;
+  int strip, width, tile = 0, segment = 0;
+
+  __device__ __forceinline__ StageWalk(int first, int end, int segments)
+      : end(end), segments(segments), strip(first), width(min(kStripTiles, end - first)) {}
+
+  __device__ __forceinline__ void advance() {
+    if (++tile == width) {
+      tile = 0;
+      if (++segment == segments) {
+        segment = 0;
+        strip += width;
+        width = min(kStripTiles, end - strip);
+      }
+    }
+  }
 };
 
 // Activations of one chunk: kChunk / 4 values per lane and token.
@@ -49,26 +72,61 @@ struct Activations {
   unsigned words[kTokenTiles][kChunk / 8];
 };
 
-__device__ __forceinline__ void synchronize_math_warps() {
+// A barrier of some warps of the thread block; `kNumber` is not 0, which all of them use.
+template <int kNumber, int kCount>
+__device__ __forceinline__ void synchronize_some() {
 #if BNB_BULK_COPIES
-  asm volatile("bar.sync 1, %0;" ::"n"(kMathThreads) : "memory");
+  asm volatile("bar.sync %0, %1;" ::"n"(kNumber), "n"(kCount) : "memory");
 #endif
 }
 
-template <class T, int kType, bool kNested, int kChunk, int kRowTiles, int kTokenTiles>
+// True for one lane of the warp. As the compiler knows that it is one, it keeps what a bulk copy needs in uniform
+// registers; of any other condition it makes a loop over the lanes, with moves between the kinds of registers.
+__device__ __forceinline__ bool is_elected() {
+  unsigned elected = 0;
+#if BNB_BULK_COPIES
+  asm volatile("{\n.reg .pred one;\nelect.sync _|one, 0xffffffff;\nselp.u32 %0, 1, 0, one;\n}\n" : "=r"(elected));
+#endif
+  return elected != 0;
+}
+
+// The pair of values of a byte of codes; `table` is the address of the lane's copy of the table in shared memory.
+// Written out, for the compiler takes four instructions, and instructions are what is scarce after bytes. It may
+// move this beyond barriers: codes must come from loads that follow the barrier after the table is built.
+template <int kByte>
+__device__ __forceinline__ unsigned pair_of(unsigned table, unsigned word) {
+  unsigned pair = 0;
+#if BNB_BULK_COPIES
+  asm("{\n.reg .b32 byte, entry;\nprmt.b32 byte, %1, 0, %3;\nmad.lo.u32 entry, byte, %4, %2;\n"
+      "ld.shared.b32 %0, [entry];\n}\n"
+      : "=r"(pair)
+      : "r"(word), "r"(table), "n"(0x4440 + kByte), "n"(4 * kLanes));
+#endif
+  return pair;
+}
+
+// The left operand of a product from two bytes, the first of which is kByte, of rows g and g + 8.
+template <int kByte>
+__device__ __forceinline__ void left_of(unsigned (&left)[4], unsigned table, unsigned upper, unsigned lower) {
+  left[0] = pair_of<kByte>(table, upper);
+  left[1] = pair_of<kByte>(table, lower);
+  left[2] = pair_of<kByte + 1>(table, upper);
+  left[3] = pair_of<kByte + 1>(table, lower);
+}
+
+template <class T, int kType, bool kNested, int kChunk, int kTokenTiles>
 __global__ void __launch_bounds__(kThreads, 1)
     gemm4_stream(const T* __restrict__ a, int m, int n, int k, const uint8_t* __restrict__ packed,
                  const Statistics statistics, int block_shift, int nested_shift, const void* __restrict__ bias,
                  int bias_dtype, T* __restrict__ out) {
 #if BNB_BULK_COPIES
-  using Layout = SharedLayout<kChunk, kRowTiles, kTokenTiles>;
-  using Scale = BlockScale<kNested, true>;
-  constexpr int kStages = Layout::kStages, kAhead = kStages / 2;
-  constexpr int kRows = 16 * kRowTiles, kTokens = 8 * kTokenTiles, kPitch = kRows + kSumPadding;
+  using Layout = SharedLayout<kChunk, kTokenTiles>;
+  constexpr int kStages = Layout::kStages;
+  constexpr int kTokens = 8 * kTokenTiles;
   constexpr int kLaneBytes = kChunk / 8;              // of a weight row
   constexpr int kLaneValues = kChunk / 4;             // of an activation row
   constexpr int kPerWarp = Layout::kChunks / kWarps;  // chunks of a stage
-  constexpr int kPerLane = Layout::kChunks / kLanes;  // statistics of a row of a stage
+  constexpr int kParts = Layout::kChunks / kLanes;    // of a stage's statistics, one chunk per lane
   extern __shared__ __align__(128) unsigned char shared[];
   uint64_t* full = reinterpret_cast<uint64_t*>(shared + Layout::kBarriers);
   uint64_t* drained = full + kStages;
@@ -78,258 +136,259 @@ __global__ void __launch_bounds__(kThreads, 1)
 
   const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes;
   const int tiles = (n + kRows - 1) / kRows;
-  const int rounds = (tiles - static_cast<int>(blockIdx.x) + static_cast<int>(gridDim.x) - 1) / gridDim.x;
+  const int share = tiles / static_cast<int>(gridDim.x), rest = tiles % static_cast<int>(gridDim.x);
+  const int block = blockIdx.x;
+  const int first = block * share + min(block, rest), end = first + share + (block < rest ? 1 : 0);
   const int segments = (k + kStageColumns - 1) / kStageColumns;
-  const int total = rounds * segments;
+  StageWalk walk(first, end, segments);
 
-  if (threadIdx.x == kMathThreads) {
+  if (threadIdx.x == kCopyWarp * kLanes) {
     for (int s = 0; s < kStages; ++s) {
-      initialize(full + s, kWarps + 1);
+      initialize(full + s, 1 + kParts);
       initialize(drained + s, kWarps);
     }
     publish_barriers();
   }
-  const Scale scale_of(statistics, reinterpret_cast<float*>(shared + Layout::kNestedCode), nested_shift);
+  // Before everything that takes time, so that memory is busy from the start.
   __syncthreads();
 
-  if (warp == kWarps) {
-    RingPlace<kStages> place;
-    for (int round = 0; round < rounds; ++round) {
-      const int row = min((static_cast<int>(blockIdx.x) + round * static_cast<int>(gridDim.x)) * kRows + lane, n - 1);
-      const uint8_t* from = packed + static_cast<int64_t>(row) * k / 2;
-      for (int segment = 0; segment < segments; ++segment) {
-        const int bytes = min(kStageColumns, k - segment * kStageColumns) / 2;
+  if (warp == kCopyWarp) {
+    if (is_elected()) {
+      RingPlace<kStages> place;
+      for (int stage = (end - first) * segments; stage > 0; --stage) {
+        const int row = (walk.strip + walk.tile) * kRows, rows = min(kRows, n - row);
+        const int bytes = min(kStageColumns, k - walk.segment * kStageColumns) / 2;
+        const uint8_t* from = packed + static_cast<int64_t>(row) * k / 2 + walk.segment * (kStageColumns / 2);
         wait(drained + place.slot, place.parity ^ 1);
-        if (lane == 0) {
-          arrive_expecting(full + place.slot, bytes * kRows);
-        }
-        __syncwarp();
-        if (lane < kRows) {
-          copy_bulk(stage_codes(place.slot) + lane * kCodePitch, from + segment * (kStageColumns / 2), bytes,
-                    full + place.slot);
+        arrive_expecting(full + place.slot, bytes * rows);
+        // Of rows that the weight does not have, codes are whatever was there.
+#pragma unroll
+        for (int r = 0; r < kRows; ++r) {
+          if (r < rows) {
+            copy_bulk(stage_codes(place.slot) + r * kCodePitch, from + r * static_cast<int64_t>(k) / 2, bytes,
+                      full + place.slot);
+          }
         }
         place.advance();
+        walk.advance();
+      }
+    }
+    return;
+  }
+
+  if (warp >= kWarps) {
+    // Each warp brings every kScaleWarps-th part; the next one is under way while it stores one.
+    using Scale = BlockScale<kNested, true>;
+    const int scale_warp = warp - kWarps;
+    float* code = reinterpret_cast<float*>(shared + Layout::kNestedCode);
+    const Scale scale_of(statistics, code, nested_shift, typename Scale::FillLater{});
+    typename Scale::Stored raw[2][kRows];
+    int part = 0;
+    const auto fetch = [&](int slot) {
+      const int column = walk.segment * kStageColumns + (kLanes * part + lane) * kChunk;
+      const int row = (walk.strip + walk.tile) * kRows;
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        raw[slot][r] = {};
+        if (column < k) {
+          raw[slot][r] = scale_of.fetch((static_cast<int64_t>(min(row + r, n - 1)) * k + column) >> block_shift);
+        }
+      }
+    };
+    const auto next_part = [&](auto& at, int& at_part, int parts) {
+      for (int p = 0; p < parts; ++p) {
+        if (++at_part == kParts) {
+          at_part = 0;
+          at.advance();
+        }
+      }
+    };
+    RingPlace<kStages> place;
+    int place_part = 0;
+    next_part(walk, part, scale_warp);
+    next_part(place, place_part, scale_warp);
+    int left = (end - first) * segments * kParts - scale_warp;
+    if (left > 0) {
+      fetch(0);
+    }
+    if (kNested) {
+      scale_of.fill(code, scale_warp * kLanes + lane, kScaleThreads);
+      synchronize_some<2, kScaleThreads>();
+    }
+    while (left > 0) {
+#pragma unroll
+      for (int d = 0; d < 2; ++d) {
+        if (left > 0) {
+          next_part(walk, part, kScaleWarps);
+          if (left > kScaleWarps) {
+            fetch(1 - d);
+          }
+          wait(drained + place.slot, place.parity ^ 1);
+          float* to = stage_scales(place.slot) + kLanes * place_part + lane;
+#pragma unroll
+          for (int r = 0; r < kRows; ++r) {
+            to[r * Layout::kScalePitch] = scale_of.value(raw[d][r]);
+          }
+          __syncwarp();
+          if (lane == 0) {
+            arrive(full + place.slot);
+          }
+          next_part(place, place_part, kScaleWarps);
+          left -= kScaleWarps;
+        }
       }
     }
     return;
   }
 
   const int g = lane / 4, t = lane % 4;
-  const unsigned lane_offset = 4 * lane;
+  const unsigned table = shared_address(shared) + 4 * lane;
 
-  // Statistics: this warp brings those of rows `warp` (and `warp` + 16), a lane those of chunks lane + 32 e.
-  // More of them are in flight at the beginning, when nothing else is to be done.
-  constexpr int kRaw = kAhead > kScalesInFlight ? kAhead : kScalesInFlight;
-  typename Scale::Stored raw[kRaw][kRowTiles][kPerLane];
-  int raw_tile = blockIdx.x, raw_segment = 0;
-  const auto fetch_scales = [&](int slot) {
+  using Right = Activations<kChunk, kTokenTiles>;
+  Right values[kPerWarp];
+  // Activations of this warp's chunks of a segment. Chunks beyond the last column get zeros.
+  const auto load_activations = [&](int segment) {
 #pragma unroll
-    for (int r = 0; r < kRowTiles; ++r) {
-      const int64_t begin = static_cast<int64_t>(min(raw_tile * kRows + 16 * r + warp, n - 1)) * k;
+    for (int c = 0; c < kPerWarp; ++c) {
+      const int column = segment * kStageColumns + (kWarps * c + warp) * kChunk;
 #pragma unroll
-      for (int e = 0; e < kPerLane; ++e) {
-        const int column = raw_segment * kStageColumns + (kLanes * e + lane) * kChunk;
-        raw[slot][r][e] = scale_of.fetch((begin + min(column, k - 1)) >> block_shift);
-        raw[slot][r][e].absmax = column < k ? raw[slot][r][e].absmax : 0.0f;
-      }
-    }
-    if (++raw_segment == segments) {
-      raw_segment = 0;
-      raw_tile += gridDim.x;
-    }
-  };
-  RingPlace<kStages> scale_place;
-  int scales_left = total;
-  const auto store_scales = [&](int slot) {
-    if (scales_left > 0) {
-      --scales_left;
-      wait(drained + scale_place.slot, scale_place.parity ^ 1);
-      float* to = stage_scales(scale_place.slot);
+      for (int j = 0; j < kTokenTiles; ++j) {
+        const int token = 8 * j + g;
+        const uint4* from =
+            reinterpret_cast<const uint4*>(a + static_cast<int64_t>(token) * k + column + t * kLaneValues);
 #pragma unroll
-      for (int r = 0; r < kRowTiles; ++r) {
-#pragma unroll
-        for (int e = 0; e < kPerLane; ++e) {
-          to[(16 * r + warp) * Layout::kScalePitch + kLanes * e + lane] = scale_of.value(raw[slot][r][e]);
+        for (int q = 0; q < kLaneValues / 8; ++q) {
+          const uint4 four = token < m && column < k ? __ldg(from + q) : make_uint4(0, 0, 0, 0);
+          values[c].words[j][4 * q] = four.x;
+          values[c].words[j][4 * q + 1] = four.y;
+          values[c].words[j][4 * q + 2] = four.z;
+          values[c].words[j][4 * q + 3] = four.w;
         }
       }
-      __syncwarp();
-      if (lane == 0) {
-        arrive(full + scale_place.slot);
-      }
-      scale_place.advance();
     }
   };
-#pragma unroll
-  for (int s = 0; s < kAhead; ++s) {
-    fetch_scales(s);
-  }
-  build_pair_table<T, kType>(reinterpret_cast<unsigned*>(shared));
-#pragma unroll
-  for (int s = 0; s < kAhead; ++s) {
-    store_scales(s);
-  }
-#pragma unroll
-  for (int s = 0; s < kScalesInFlight; ++s) {
-    fetch_scales(s);
-  }
 
-  const auto load_activations = [&](int column) {
-    Activations<kChunk, kTokenTiles> values;
-#pragma unroll
-    for (int j = 0; j < kTokenTiles; ++j) {
-      const int token = 8 * j + g;
-      const uint4* from =
-          reinterpret_cast<const uint4*>(a + static_cast<int64_t>(token) * k + column + t * kLaneValues);
-#pragma unroll
-      for (int q = 0; q < kLaneValues / 8; ++q) {
-        const uint4 four = token < m && column < k ? __ldg(from + q) : make_uint4(0, 0, 0, 0);
-        values.words[j][4 * q] = four.x;
-        values.words[j][4 * q + 1] = four.y;
-        values.words[j][4 * q + 2] = four.z;
-        values.words[j][4 * q + 3] = four.w;
-      }
-    }
-    return values;
-  };
-
-  float sums[kRowTiles][kTokenTiles][4] = {};
+  float sums[kStripTiles][kTokenTiles][4] = {};
   // Chunks that are multiplied together, each with two sums: short chains of products, much to overlap.
   constexpr int kTogether = kTokenTiles == 1 ? 2 : 1, kChains = kTokenTiles == 1 ? 2 : 1;
-  using Right = Activations<kChunk, kTokenTiles>;
-  const auto multiply = [&](int slot, int chunk, const Right(&right)[kTogether]) {
+  const auto multiply = [&](float(&sum)[kTokenTiles][4], int slot, int chunk, const Right* right) {
     const unsigned char* from = stage_codes(slot) + g * kCodePitch + chunk * (kChunk / 2) + t * kLaneBytes;
     const float* scales = stage_scales(slot) + g * Layout::kScalePitch + chunk;
+    Codes<kChunk> codes[kTogether][2];
+    float scale[kTogether][2];
 #pragma unroll
-    for (int r = 0; r < kRowTiles; ++r) {
-      Codes<kChunk> codes[kTogether][2];
-      float scale[kTogether][2];
+    for (int c = 0; c < kTogether; ++c) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int row = 8 * h, other = kWarps * c;
+        memcpy(&codes[c][h], __builtin_assume_aligned(from + row * kCodePitch + other * (kChunk / 2), kLaneBytes),
+               kLaneBytes);
+        scale[c][h] = scales[row * Layout::kScalePitch + other];
+      }
+    }
+    float block[kTogether][kChains][kTokenTiles][4] = {};
+#pragma unroll
+    for (int i = 0; i < kChunk / 16; ++i) {
 #pragma unroll
       for (int c = 0; c < kTogether; ++c) {
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          const int row = 16 * r + 8 * h, other = kWarps * c;
-          memcpy(&codes[c][h], __builtin_assume_aligned(from + row * kCodePitch + other * (kChunk / 2), kLaneBytes),
-                 kLaneBytes);
-          scale[c][h] = scales[row * Layout::kScalePitch + other];
-        }
-      }
-      float block[kTogether][kChains][kTokenTiles][4] = {};
-#pragma unroll
-      for (int i = 0; i < kChunk / 16; ++i) {
-#pragma unroll
-        for (int c = 0; c < kTogether; ++c) {
-          unsigned left[4];
-          decode_left<kChunk>(left, i, shared, lane_offset, codes[c][0], codes[c][1]);
-#pragma unroll
-          for (int j = 0; j < kTokenTiles; ++j) {
-            multiply_tile<T>(block[c][i % kChains][j], left, right[c].words[j][2 * i], right[c].words[j][2 * i + 1]);
-          }
-        }
-      }
-#pragma unroll
-      for (int c = 0; c < kTogether; ++c) {
+        const unsigned upper = codes[c][0].words[i / 2], lower = codes[c][1].words[i / 2];
+        unsigned left[4];
+        i % 2 == 0 ? left_of<0>(left, table, upper, lower) : left_of<2>(left, table, upper, lower);
 #pragma unroll
         for (int j = 0; j < kTokenTiles; ++j) {
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            const float sum = kChains == 2 ? block[c][0][j][i] + block[c][kChains - 1][j][i] : block[c][0][j][i];
-            sums[r][j][i] = __fmaf_rn(sum, scale[c][i / 2], sums[r][j][i]);
-          }
+          multiply_tile<T>(block[c][i % kChains][j], left, right[c].words[j][2 * i], right[c].words[j][2 * i + 1]);
         }
       }
     }
-  };
-
-  // Sums over the warps. Lane (g, t) holds rows g and g + 8, tokens 2 t and 2 t + 1 of each tile.
-  const auto finish_tile = [&](int round) {
-    float* buffer = partial + (round % 2) * Layout::kPartialFloats;
 #pragma unroll
-    for (int r = 0; r < kRowTiles; ++r) {
+    for (int c = 0; c < kTogether; ++c) {
 #pragma unroll
       for (int j = 0; j < kTokenTiles; ++j) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          const int row = 16 * r + 8 * (i / 2) + g, token = 8 * j + 2 * t + i % 2;
-          buffer[(warp * kTokens + token) * kPitch + row] = sums[r][j][i];
-          sums[r][j][i] = 0.0f;
+          const float chunk_sum = kChains == 2 ? block[c][0][j][i] + block[c][kChains - 1][j][i] : block[c][0][j][i];
+          sum[j][i] = __fmaf_rn(chunk_sum, scale[c][i / 2], sum[j][i]);
         }
       }
-    }
-    // Who is past this barrier may fill the other buffer: nobody reads it any more.
-    synchronize_math_warps();
-    // Other warps each time, so that none falls behind.
-    const int cell = (threadIdx.x + 128 * round) % kMathThreads;
-    const int token = cell / kRows, row = cell % kRows;
-    const int place = (static_cast<int>(blockIdx.x) + round * static_cast<int>(gridDim.x)) * kRows + row;
-    if (cell < kRows * kTokens && token < m && place < n) {
-      float sum = 0.0f;
-#pragma unroll
-      for (int w = 0; w < kWarps; ++w) {
-        sum += buffer[(w * kTokens + token) * kPitch + row];
-      }
-      out[token * static_cast<int64_t>(n) + place] = from_float<T>(sum + load_bias(bias, bias_dtype, place));
     }
   };
 
-  // Activations of the chunks from `column` on that are multiplied together.
-  const auto load_right = [&](Right(&to)[kTogether], int column) {
-#pragma unroll
-    for (int c = 0; c < kTogether; ++c) {
-      to[c] = load_activations(column + c * kWarps * kChunk);
+  // Sums of a strip over the warps. Lane (g, t) holds rows g and g + 8, tokens 2 t and 2 t + 1 of each tile.
+  const auto finish_strip = [&](int strip, int width) {
+    if (strip != first) {
+      // Until all have read those of the strip before.
+      synchronize_some<1, kMathThreads>();
     }
-  };
-  Right values[kTogether];
-  load_right(values, warp * kChunk);
-  synchronize_math_warps();
-  RingPlace<kStages> place;
-  int segment = 0, round = 0;
-  for (int base = 0; base < total; base += kScalesInFlight) {
 #pragma unroll
-    for (int d = 0; d < kScalesInFlight; ++d) {
-      if (base + d < total) {
-        store_scales(d);
-        fetch_scales(d);
-        const bool last = segment + 1 == segments;
-        const int begin = segment * kStageColumns, next_begin = last ? 0 : begin + kStageColumns;
-        wait(full + place.slot, place.parity);
+    for (int r = 0; r < kStripTiles; ++r) {
+      if (r < width) {
 #pragma unroll
-        for (int c = 0; c < kPerWarp; c += kTogether) {
-          const int chunk = kWarps * c + warp;
-          Right next[kTogether];
-          load_right(next, c + kTogether < kPerWarp ? begin + (chunk + kTogether * kWarps) * kChunk
-                                                    : next_begin + warp * kChunk);
-          // Chunks beyond the last column have activations of zero; codes there are finite in any case.
-          if (begin + chunk * kChunk < k) {
-            multiply(place.slot, chunk, values);
+        for (int j = 0; j < kTokenTiles; ++j) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            const int row = kRows * r + 8 * (i / 2) + g, token = 8 * j + 2 * t + i % 2;
+            partial[(warp * kTokens + token) * kSumPitch + row] = sums[r][j][i];
+            sums[r][j][i] = 0.0f;
           }
-#pragma unroll
-          for (int e = 0; e < kTogether; ++e) {
-            values[e] = next[e];
-          }
-        }
-        __syncwarp();
-        if (lane == 0) {
-          arrive(drained + place.slot);
-        }
-        place.advance();
-        segment = last ? 0 : segment + 1;
-        if (last) {
-          finish_tile(round);
-          ++round;
         }
       }
     }
+    synchronize_some<1, kMathThreads>();
+    constexpr int kCells = kStripTiles * kRows;  // of a token
+#pragma unroll 1
+    for (int cell = threadIdx.x; cell < kCells * m; cell += kMathThreads) {
+      const int token = cell / kCells, row = cell % kCells, place = strip * kRows + row;
+      if (row < width * kRows && place < n) {
+        float sum = 0.0f;
+#pragma unroll
+        for (int w = 0; w < kWarps; ++w) {
+          sum += partial[(w * kTokens + token) * kSumPitch + row];
+        }
+        out[token * static_cast<int64_t>(n) + place] = from_float<T>(sum + load_bias(bias, bias_dtype, place));
+      }
+    }
+  };
+
+  load_activations(0);
+  build_pair_table<T, kType>(reinterpret_cast<unsigned*>(shared));
+  synchronize_some<1, kMathThreads>();
+  RingPlace<kStages> place;
+  for (int strip = first; strip < end; strip += kStripTiles) {
+    const int width = min(kStripTiles, end - strip);
+    for (int segment = 0; segment < segments; ++segment) {
+#pragma unroll
+      for (int r = 0; r < kStripTiles; ++r) {
+        if (r < width) {
+          wait(full + place.slot, place.parity);
+#pragma unroll
+          for (int c = 0; c < kPerWarp; c += kTogether) {
+            const int chunk = kWarps * c + warp;
+            // Of chunks beyond the last column codes are whatever was there, activations are zero.
+            if (segment * kStageColumns + chunk * kChunk < k) {
+              multiply(sums[r], place.slot, chunk, values + c);
+            }
+          }
+          __syncwarp();
+          if (lane == 0) {
+            arrive(drained + place.slot);
+          }
+          place.advance();
+        }
+      }
+      load_activations(segment + 1 < segments ? segment + 1 : 0);
+    }
+    finish_strip(strip, width);
   }
 #endif
 }
 
-template <class T, int kType, bool kNested, int kChunk, int kRowTiles, int kTokenTiles>
+template <class T, int kType, bool kNested, int kChunk, int kTokenTiles>
 void run(const Launch& launch, const Gemm4& p) {
-  const auto kernel = gemm4_stream<T, kType, kNested, kChunk, kRowTiles, kTokenTiles>;
-  constexpr int kShared = SharedLayout<kChunk, kRowTiles, kTokenTiles>::kBytes;
+  const auto kernel = gemm4_stream<T, kType, kNested, kChunk, kTokenTiles>;
+  constexpr int kShared = SharedLayout<kChunk, kTokenTiles>::kBytes;
   static SharedMemoryLimit limit;
   limit.raise(launch, reinterpret_cast<const void*>(kernel), kShared);
-  kernel<<<launch.grid(ceil_div(p.n, 16 * kRowTiles), 1), kThreads, kShared, launch.stream()>>>(
+  kernel<<<launch.grid(ceil_div(p.n, kRows), 1), kThreads, kShared, launch.stream()>>>(
       static_cast<const T*>(p.a), static_cast<int>(p.m), static_cast<int>(p.n), static_cast<int>(p.k), p.packed,
       p.statistics, exact_log2(p.blocksize), exact_log2(p.statistics.nested_blocksize), p.bias, p.bias_dtype,
       static_cast<T*>(p.out));
@@ -338,7 +397,6 @@ void run(const Launch& launch, const Gemm4& p) {
 }  // namespace
 
 void gemm_4bit_stream(const Launch& launch, const Gemm4& p) {
-  const bool wide = prefers_wide_tiles(p.n, launch.processors());
   with_half_dtype(p.dtype, [&](auto type) {
     with_quant_type(p.quant_type, [&](auto quant) {
       with_nested(p.statistics, [&](auto nested) {
@@ -346,11 +404,7 @@ void gemm_4bit_stream(const Launch& launch, const Gemm4& p) {
           using T = typename decltype(type)::type;
           constexpr int kType = decltype(quant)::value, kChunk = decltype(chunk)::value;
           constexpr bool kNested = decltype(nested)::value;
-          if (p.m <= 8) {
-            wide ? run<T, kType, kNested, kChunk, 2, 1>(launch, p) : run<T, kType, kNested, kChunk, 1, 1>(launch, p);
-          } else {
-            wide ? run<T, kType, kNested, kChunk, 2, 2>(launch, p) : run<T, kType, kNested, kChunk, 1, 2>(launch, p);
-          }
+          p.m <= 8 ? run<T, kType, kNested, kChunk, 1>(launch, p) : run<T, kType, kNested, kChunk, 2>(launch, p);
         });
       });
     });
