@@ -35,6 +35,17 @@ __device__ __forceinline__ void arrive(uint64_t* barrier) {
 #endif
 }
 
+// Arrives at the same barrier of another thread block of the cluster.
+__device__ __forceinline__ void arrive_at(uint64_t* barrier, int rank) {
+#if BNB_BULK_COPIES
+  asm volatile(
+      "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\nmbarrier.arrive.shared::cluster.b64 _, "
+      "[there];\n}\n" ::"r"(shared_address(barrier)),
+      "r"(rank)
+      : "memory");
+#endif
+}
+
 // Arrives, and has the barrier wait for so many bytes besides.
 __device__ __forceinline__ void arrive_expecting(uint64_t* barrier, int bytes) {
 #if BNB_BULK_COPIES

@@ -96,8 +96,10 @@ NB_MODULE(_C, m) {
             gemm_4bit_tiles(launch, p, split);
           } else if (path == 4) {
             gemm_4bit_groups(launch, p, split);
-          } else {
+          } else if (path == 5) {
             gemm_4bit_stream(launch, p);
+          } else {
+            gemm_4bit_wide(launch, p);
           }
         });
 
@@ -120,7 +122,7 @@ NB_MODULE(_C, m) {
                          as<void>(out), dtype);
   });
   m.def("int8_gemm_fits", &int8_gemm_fits);
-  // `path`: 0 finish the integer product `product`, 1 few rows, 2 tiles.
+  // `path` is a value of bnb_cuda.tuning.Int8Path; 0 finishes the integer product `product`.
   m.def("int8_gemm", [](int path, int device, Pointer stream, Pointer product, Pointer a, Pointer b, int64_t m,
                         int64_t n, int64_t k, Pointer a_absmax, Pointer b_absmax, Pointer values, Pointer listed,
                         Pointer count, Pointer bias, int bias_dtype, Pointer out, int dtype) {
@@ -142,8 +144,10 @@ NB_MODULE(_C, m) {
       int8_finish(launch, as<const int32_t>(product), p);
     } else if (path == 1) {
       int8_gemm_few(launch, p);
-    } else {
+    } else if (path == 2) {
       int8_gemm_tiles(launch, p);
+    } else {
+      int8_gemm_groups(launch, p);
     }
   });
 

@@ -9,6 +9,7 @@
 // tiles in turn.
 #include <type_traits>
 
+#include "clusters.h"
 #include "gemm4.h"
 #include "tensor_map.h"
 #include "wgmma.h"
@@ -28,6 +29,7 @@ constexpr int kStep = 2 * kChunk;  // columns of a stage
 constexpr int kCodePitch = kStep / 2;
 constexpr int kCodeBytes = kRows * kCodePitch;
 constexpr int kSharedLimit = 226 * 1024;
+constexpr int kMostSplit = 8;  // thread blocks of a cluster
 
 template <int kTokens>
 struct Shape {
@@ -60,28 +62,6 @@ struct Problem {
   const void* bias;
   int bias_dtype;
 };
-
-// Has some of the warps wait for each other.
-__device__ __forceinline__ void synchronize_some(int barrier, int threads) {
-#if BNB_WGMMA
-  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
-#endif
-}
-
-// All warps of a group of four call these, right after their kind of work is known.
-template <int kCount>
-__device__ __forceinline__ void keep_fewer_registers() {
-#if BNB_WGMMA
-  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kCount));
-#endif
-}
-
-template <int kCount>
-__device__ __forceinline__ void take_more_registers() {
-#if BNB_WGMMA
-  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kCount));
-#endif
-}
 
 // The part of a lane in decoding: byte t of each word of rows g and g + 8, through its own copy of the table.
 struct Decoder {
@@ -335,20 +315,38 @@ __global__ void __launch_bounds__(Shape<kTokens>::kThreads, 1)
         synchronize_some(3, Layout::kMathThreads);
       }
       cluster.sync();
-      // Each thread block of a cluster finishes its share of the tile.
-      constexpr int kCells = kTokens * kRows;
+      // Each thread block of a cluster finishes its share of the tile, four rows at a time.
+      constexpr int kVectors = kTokens * kRows / 4, kRowVectors = kRows / 4;
       const int first_row = first_tile / token_tiles * kRows, first_token = first_tile % token_tiles * kTokens;
-      const int share = (kCells / splits + kRows - 1) / kRows * kRows;
-      const int stop = min(kCells, (split + 1) * share);
+      const int share = (kVectors + splits - 1) / splits;
+      const int stop = min(kVectors, (split + 1) * share);
       for (int i = split * share + static_cast<int>(threadIdx.x); i < stop; i += Layout::kMathThreads) {
-        const int token = i / kRows, row = i % kRows;
-        float sum = 0.0f;
-        for (int s = 0; s < splits; ++s) {
-          sum += cluster.map_shared_rank(total, s)[token * Layout::kSumPitch + row];
+        const int token = i / kRowVectors, row = i % kRowVectors * 4;
+        // All parts are on their way before the first one is needed.
+        float4 parts[kMostSplit];
+#pragma unroll
+        for (int s = 0; s < kMostSplit; ++s) {
+          if (s < splits) {
+            parts[s] = *reinterpret_cast<const float4*>(cluster.map_shared_rank(total, s) +
+                                                        token * Layout::kSumPitch + row);
+          }
         }
-        if (first_row + row < n && first_token + token < m) {
-          out[static_cast<int64_t>(first_token + token) * n + first_row + row] =
-              from_float<T>(sum + load_bias(problem.bias, problem.bias_dtype, first_row + row));
+        float sum[4] = {};
+#pragma unroll
+        for (int s = 0; s < kMostSplit; ++s) {
+          if (s < splits) {
+            sum[0] += parts[s].x;
+            sum[1] += parts[s].y;
+            sum[2] += parts[s].z;
+            sum[3] += parts[s].w;
+          }
+        }
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          if (first_row + row + j < n && first_token + token < m) {
+            out[static_cast<int64_t>(first_token + token) * n + first_row + row + j] =
+                from_float<T>(sum[j] + load_bias(problem.bias, problem.bias_dtype, first_row + row + j));
+          }
         }
       }
       cluster.sync();
@@ -363,11 +361,9 @@ void run(const Launch& launch, const Gemm4& p, int split) {
   const auto kernel = gemm4_groups<T, kType, kNested, kTokens>;
   static SharedMemoryLimit limit;
   limit.raise(launch, reinterpret_cast<const void*>(kernel), Layout::kBytes);
-  constexpr auto kElement =
-      std::is_same_v<T, half_t> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
-  const CUtensorMap activations = matrix_map(p.a, kElement, 2, p.m, p.k, kTokens, kChunk, true);
-  const CUtensorMap weight =
-      matrix_map(p.packed, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, p.n, p.k / 2, kRows, kCodePitch, false);
+  const CUtensorMap activations =
+      matrix_map(p.a, tensor_map_type<T>(), 2, p.m, p.k, kTokens, kChunk, CU_TENSOR_MAP_SWIZZLE_128B);
+  const CUtensorMap weight = matrix_map(p.packed, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, p.n, p.k / 2, kRows, kCodePitch);
   const Problem problem{static_cast<int>(p.m),
                         static_cast<int>(p.n),
                         static_cast<int>(p.k),
@@ -377,20 +373,9 @@ void run(const Launch& launch, const Gemm4& p, int split) {
                         p.bias,
                         p.bias_dtype};
   const int64_t tiles = ceil_div(p.n, kRows) * ceil_div(p.m, kTokens);
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(split > 1 ? static_cast<unsigned>(tiles * split) : launch.grid(tiles, 1));
-  config.blockDim = dim3(Layout::kThreads);
-  config.dynamicSmemBytes = Layout::kBytes;
-  config.stream = launch.stream();
-  cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim.x = split;
-  attribute.val.clusterDim.y = 1;
-  attribute.val.clusterDim.z = 1;
-  config.attrs = &attribute;
-  config.numAttrs = split > 1 ? 1 : 0;
-  check(cudaLaunchKernelEx(&config, kernel, activations, weight, problem, p.statistics, static_cast<T*>(p.out)),
-        "gemm_4bit");
+  launch_clusters(kernel, split > 1 ? static_cast<unsigned>(tiles * split) : launch.grid(tiles, 1), Layout::kThreads,
+                  Layout::kBytes, split, launch, "gemm_4bit", activations, weight, problem, p.statistics,
+                  static_cast<T*>(p.out));
 }
 
 }  // namespace

@@ -27,8 +27,16 @@ __device__ __forceinline__ unsigned inlier_bits(float value, float threshold) {
   return threshold > 0.0f && bnb::float_of(bits) >= threshold ? 0u : bits;
 }
 
+// In global or shared memory. A flag that is known is not set again, since all rows would wait for each other.
 __device__ __forceinline__ void flag_column(unsigned* flags, int64_t column) {
-  atomicOr(flags + column / 32, 1u << (column % 32));
+  const unsigned bit = 1u << (column % 32);
+  if ((*reinterpret_cast<volatile unsigned*>(flags + column / 32) & bit) == 0) {
+    atomicOr(flags + column / 32, bit);
+  }
+}
+
+__device__ __forceinline__ bool is_flagged(const unsigned* flags, int64_t column) {
+  return (flags[column / 32] >> (column % 32) & 1u) != 0;
 }
 
 // One thread block per row, the row in registers: columns a multiple of 8, at most kVectors * 2048.
@@ -111,9 +119,9 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// Turns the flags into an ascending list. One thread block of 1024 threads.
-__global__ void __launch_bounds__(1024) list_columns(const unsigned* __restrict__ flags, int64_t words,
-                                                     int* __restrict__ columns, int* __restrict__ count) {
+// Turns the flags into an ascending list. The whole thread block calls this.
+__device__ void list_columns(const unsigned* flags, int64_t words, int* __restrict__ columns,
+                             int* __restrict__ count) {
   __shared__ int ends[32];
   __shared__ int total;
   const int lane = threadIdx.x % kLanes, group = threadIdx.x / kLanes;
@@ -154,14 +162,92 @@ __global__ void __launch_bounds__(1024) list_columns(const unsigned* __restrict_
   }
 }
 
+// Gives the flagged columns code 0, a band of rows per thread block, and lists them.
 __global__ void __launch_bounds__(kThreads)
-    clear_columns(int8_t* __restrict__ codes, int64_t rows, int64_t columns, const int* __restrict__ listed,
-                  const int* __restrict__ count) {
-  const int64_t total = rows * *count;
-  for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < total;
-       i += static_cast<int64_t>(gridDim.x) * kThreads) {
-    codes[i % rows * columns + listed[i / rows]] = 0;
+    list_and_clear(const Outliers outliers, int8_t* __restrict__ codes, int64_t rows, int64_t columns) {
+  const int64_t words = (columns + 31) / 32, band = (rows + gridDim.x - 1) / gridDim.x;
+  const int64_t begin = blockIdx.x * band, end = begin + band < rows ? begin + band : rows;
+  const int lane = threadIdx.x % kLanes;
+  for (int64_t base = 0; base < words; base += kLanes) {
+    const unsigned own = base + lane < words ? outliers.flags[base + lane] : 0u;
+    unsigned flagged = __ballot_sync(0xffffffffu, own != 0);
+    while (flagged != 0) {
+      const int from = __ffs(static_cast<int>(flagged)) - 1;
+      flagged &= flagged - 1;
+      unsigned bits = shuffle(own, from);
+      while (bits != 0) {
+        const int64_t column = (base + from) * 32 + __ffs(static_cast<int>(bits)) - 1;
+        bits &= bits - 1;
+        for (int64_t row = begin + threadIdx.x; row < end; row += kThreads) {
+          codes[row * columns + column] = 0;
+        }
+      }
+    }
   }
+  if (blockIdx.x == 0) {
+    list_columns(outliers.flags, words, outliers.columns, outliers.count);
+  }
+}
+
+constexpr int kFewThreads = 1024;
+constexpr int kFewWarps = kFewThreads / kLanes;
+constexpr int kFewColumns = 16384;
+// Elements beyond which more thread blocks are faster, though each of the steps is a launch then.
+constexpr int64_t kFewElements = 1 << 17;
+
+// A few rows with outliers, everything in one thread block, whose warps share the rows. Columns: a multiple of 8.
+template <class T>
+__global__ void __launch_bounds__(kFewThreads)
+    quantize_few_rows(const T* __restrict__ x, int rows, int columns, int warps_per_row, float threshold,
+                      int8_t* __restrict__ codes, float* __restrict__ absmax, const Outliers outliers) {
+  __shared__ unsigned flags[kFewColumns / 32];
+  __shared__ unsigned largest[kFewWarps];
+  const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes;
+  const int row = warp / warps_per_row, member = warp % warps_per_row;
+  const int words = (columns + 31) / 32, stride = warps_per_row * kLanes * kPerVector;
+  const int first = (member * kLanes + lane) * kPerVector;
+  const bool busy = row < rows;
+  const T* from = x + static_cast<int64_t>(row) * columns;
+  for (int i = threadIdx.x; i < words; i += kFewThreads) {
+    flags[i] = 0;
+  }
+  __syncthreads();
+  unsigned bits = 0;
+#pragma unroll 4
+  for (int column = first; busy && column < columns; column += stride) {
+    const auto values = *reinterpret_cast<const Vector<T, kPerVector>*>(from + column);
+#pragma unroll
+    for (int i = 0; i < kPerVector; ++i) {
+      const float value = to_float(values.values[i]);
+      bits = max(bits, inlier_bits(value, threshold));
+      if (fabsf(value) >= threshold) {
+        flag_column(flags, column + i);
+      }
+    }
+  }
+  bits = group_max<kLanes>(bits);
+  if (lane == 0) {
+    largest[warp] = bits;
+  }
+  __syncthreads();
+  for (int i = 0; i < warps_per_row; ++i) {
+    bits = max(bits, largest[row * warps_per_row + i]);
+  }
+  const float most = bnb::float_of(bits), scale = scale_of(most);
+  if (busy && member == 0 && lane == 0) {
+    absmax[row] = most;
+  }
+#pragma unroll 4
+  for (int column = first; busy && column < columns; column += stride) {
+    const auto values = *reinterpret_cast<const Vector<T, kPerVector>*>(from + column);
+    Vector<int8_t, kPerVector> out;
+#pragma unroll
+    for (int i = 0; i < kPerVector; ++i) {
+      out.values[i] = is_flagged(flags, column + i) ? 0 : encode(to_float(values.values[i]), most, scale);
+    }
+    *reinterpret_cast<Vector<int8_t, kPerVector>*>(codes + static_cast<int64_t>(row) * columns + column) = out;
+  }
+  list_columns(flags, words, outliers.columns, outliers.count);
 }
 
 // Values of neighbouring columns of one row; zeros beyond the last column.
@@ -287,7 +373,7 @@ template <class T>
 void quantize(const Launch& launch, const T* x, int64_t rows, int64_t columns, float threshold, int8_t* codes,
               float* absmax, unsigned* flags) {
   const unsigned grid = static_cast<unsigned>(rows);
-  if (columns % kPerVector == 0 && columns <= 8192) {
+  if (columns % kPerVector == 0 && columns <= 16384) {
     const int vectors = static_cast<int>(ceil_div(columns, kThreads * kPerVector));
     const auto go = [&](auto count) {
       quantize_row<T, decltype(count)::value>
@@ -298,8 +384,11 @@ void quantize(const Launch& launch, const T* x, int64_t rows, int64_t columns, f
         return go(std::integral_constant<int, 1>{});
       case 2:
         return go(std::integral_constant<int, 2>{});
-      default:
+      case 3:
+      case 4:
         return go(std::integral_constant<int, 4>{});
+      default:
+        return go(std::integral_constant<int, 8>{});
     }
   }
   quantize_row_any<T><<<grid, kThreads, 0, launch.stream()>>>(x, columns, threshold, codes, absmax, flags);
@@ -309,17 +398,40 @@ void prepare(const Launch& launch, const Outliers& outliers, int64_t columns) {
   check(gpuMemsetAsync(outliers.flags, 0, ceil_div(columns, 32) * 4, launch.stream()), "int8 quantization");
 }
 
-void list_and_clear(const Launch& launch, const Outliers& outliers, int8_t* codes, int64_t rows, int64_t columns) {
-  list_columns<<<1, 1024, 0, launch.stream()>>>(outliers.flags, ceil_div(columns, 32), outliers.columns,
-                                                outliers.count);
-  clear_columns<<<launch.grid(ceil_div(rows * 16, kThreads), 4), kThreads, 0, launch.stream()>>>(
-      codes, rows, columns, outliers.columns, outliers.count);
+void finish_outliers(const Launch& launch, const Outliers& outliers, int8_t* codes, int64_t rows, int64_t columns) {
+  list_and_clear<<<launch.grid(ceil_div(rows, kThreads / 4), 4), kThreads, 0, launch.stream()>>>(outliers, codes, rows,
+                                                                                            columns);
+}
+
+// Whether one thread block takes all rows.
+bool are_few(int64_t rows, int64_t columns) {
+  return rows > 0 && rows <= kFewWarps && columns > 0 && columns <= kFewColumns && columns % kPerVector == 0 &&
+         rows * columns <= kFewElements;
+}
+
+void quantize_few(const Launch& launch, const void* x, int dtype, int64_t rows, int64_t columns, float threshold,
+                  int8_t* codes, float* absmax, const Outliers& outliers) {
+  int warps_per_row = kFewWarps;
+  while (warps_per_row * rows > kFewWarps) {
+    warps_per_row /= 2;
+  }
+  with_dtype(dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    quantize_few_rows<T><<<1, kFewThreads, 0, launch.stream()>>>(static_cast<const T*>(x), static_cast<int>(rows),
+                                                                 static_cast<int>(columns), warps_per_row, threshold,
+                                                                 codes, absmax, outliers);
+  });
 }
 
 }  // namespace
 
 void int8_quantize_rows(const Launch& launch, const void* x, int dtype, int64_t rows, int64_t columns, float threshold,
                         int8_t* codes, float* absmax, const Outliers& outliers) {
+  if (threshold > 0.0f && are_few(rows, columns)) {
+    quantize_few(launch, x, dtype, rows, columns, threshold, codes, absmax, outliers);
+    check_launch("int8_vectorwise_quant");
+    return;
+  }
   if (threshold > 0.0f && columns > 0) {
     prepare(launch, outliers, columns);
   }
@@ -330,7 +442,7 @@ void int8_quantize_rows(const Launch& launch, const void* x, int dtype, int64_t 
     });
   }
   if (threshold > 0.0f && columns > 0) {
-    list_and_clear(launch, outliers, codes, rows, columns);
+    finish_outliers(launch, outliers, codes, rows, columns);
   }
   check_launch("int8_vectorwise_quant");
 }
@@ -360,7 +472,7 @@ void int8_double_quantize(const Launch& launch, const void* x, int dtype, int64_
     });
   }
   if (threshold > 0.0f) {
-    list_and_clear(launch, outliers, row_codes, rows, columns);
+    finish_outliers(launch, outliers, row_codes, rows, columns);
   }
   check_launch("int8_double_quant");
 }

@@ -61,6 +61,8 @@ void gemm_4bit_stream(const Launch&, const Gemm4&);
 void gemm_4bit_tiles(const Launch&, const Gemm4&, int split);
 // The same on compute capability 9.0, blocks of a multiple of 64.
 void gemm_4bit_groups(const Launch&, const Gemm4&, int split);
+// The same, for very many rows of activations.
+void gemm_4bit_wide(const Launch&, const Gemm4&);
 // A few rows in any dtype, of any size, block size and table of 16 values: plain float32 arithmetic.
 void gemv_4bit(const Launch&, const Gemm4&, const float* code);
 
@@ -105,6 +107,8 @@ struct Gemm8 {
 bool int8_gemm_fits(int64_t n, int64_t k, int capability);
 void int8_gemm_few(const Launch&, const Gemm8&);    // up to 16 rows
 void int8_gemm_tiles(const Launch&, const Gemm8&);  // any number of rows
+// The same on compute capability 9.0, float16 or bfloat16.
+void int8_gemm_groups(const Launch&, const Gemm8&);
 // The same from the integer product (m, n), computed elsewhere.
 void int8_finish(const Launch&, const int32_t* product, const Gemm8&);
 

@@ -2,6 +2,8 @@
 // shared memory, zeros where a box reaches beyond the matrix.
 #pragma once
 
+#include <type_traits>
+
 #include "barriers.h"
 #include "launch.h"
 
@@ -25,19 +27,19 @@ inline decltype(&cuTensorMapEncodeTiled) tensor_map_encoder() {
   return encoder;
 }
 
-// A matrix with contiguous rows of `columns` elements, and boxes of `box_rows` x `box_columns`. `swizzled`: rows of
-// a box have 128 bytes, whose pieces are swizzled as the matrix units want them.
+// A matrix with contiguous rows of `columns` elements, and boxes of `box_rows` x `box_columns`. Swizzled boxes have
+// rows of as many bytes as the name says; with 128 they lie as the matrix units want them.
 inline CUtensorMap matrix_map(const void* data, CUtensorMapDataType type, int element_bytes, int64_t rows,
-                              int64_t columns, int box_rows, int box_columns, bool swizzled) {
+                              int64_t columns, int box_rows, int box_columns,
+                              CUtensorMapSwizzle swizzle = CU_TENSOR_MAP_SWIZZLE_NONE) {
   CUtensorMap map;
   const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
   const cuuint64_t stride[1] = {static_cast<cuuint64_t>(columns) * element_bytes};
   const cuuint32_t box[2] = {static_cast<cuuint32_t>(box_columns), static_cast<cuuint32_t>(box_rows)};
   const cuuint32_t steps[2] = {1, 1};
-  const CUresult status = tensor_map_encoder()(&map, type, 2, const_cast<void*>(data), sizes, stride, box, steps,
-                                               CU_TENSOR_MAP_INTERLEAVE_NONE,
-                                               swizzled ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_NONE,
-                                               CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const CUresult status = tensor_map_encoder()(
+      &map, type, 2, const_cast<void*>(data), sizes, stride, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle,
+      CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (status != CUDA_SUCCESS) {
     throw std::runtime_error("bnb-cuda: the driver refused to describe a matrix, error " + std::to_string(status));
   }
@@ -53,6 +55,25 @@ __device__ __forceinline__ void copy_box(void* to, const CUtensorMap& map, int c
       "l"(reinterpret_cast<uint64_t>(&map)), "r"(column), "r"(row), "r"(shared_address(barrier))
       : "memory");
 #endif
+}
+
+// The same into the shared memory of all thread blocks of the cluster that are in `ranks`, at the same place, where
+// their barriers at the same place count the bytes.
+__device__ __forceinline__ void copy_box_to(unsigned short ranks, void* to, const CUtensorMap& map, int column,
+                                            int row, uint64_t* barrier) {
+#if BNB_BULK_COPIES
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%2, "
+      "%3}], [%4], %5;" ::"r"(shared_address(to)),
+      "l"(reinterpret_cast<uint64_t>(&map)), "r"(column), "r"(row), "r"(shared_address(barrier)), "h"(ranks)
+      : "memory");
+#endif
+}
+
+// The element type of 16-bit activations.
+template <class T>
+constexpr CUtensorMapDataType tensor_map_type() {
+  return std::is_same_v<T, half_t> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
 }
 
 }  // namespace bnb_gpu

@@ -24,6 +24,28 @@ __device__ __forceinline__ int swizzled(int row, int piece) {
   return row * kSwizzledRowBytes + ((piece ^ (row & 7)) * 16);
 }
 
+// Has some of the warps wait for each other.
+__device__ __forceinline__ void synchronize_some(int barrier, int threads) {
+#if BNB_WGMMA
+  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+#endif
+}
+
+// All warps of a group of four call these, right after their kind of work is known.
+template <int kCount>
+__device__ __forceinline__ void keep_fewer_registers() {
+#if BNB_WGMMA
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kCount));
+#endif
+}
+
+template <int kCount>
+__device__ __forceinline__ void take_more_registers() {
+#if BNB_WGMMA
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kCount));
+#endif
+}
+
 // Descriptor of a tile in shared memory. The pieces of 32 bytes along a row add 2 each.
 __device__ __forceinline__ uint64_t tile_descriptor(const void* tile) {
   const uint64_t address = static_cast<uint64_t>(__cvta_generic_to_shared(tile));
@@ -82,12 +104,19 @@ __device__ __forceinline__ void wait_for_products(Sum (&sums)[kCount]) {
 #define BNB_SUMS32(c, i) BNB_SUMS16(c, i), BNB_SUMS16(c, i + 16)
 #define BNB_PLACES32 BNB_PLACES16 ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
 
+#define BNB_SUMS128(c, i) BNB_SUMS32(c, i), BNB_SUMS32(c, i + 32), BNB_SUMS32(c, i + 64), BNB_SUMS32(c, i + 96)
+
 #define BNB_PLACES64                                                                                              \
   BNB_PLACES32                                                                                                    \
   ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58," \
   "%59,%60,%61,%62,%63"
+#define BNB_PLACES128                                                                                        \
+  BNB_PLACES64                                                                                               \
+  ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,%83,%84,%85,%86,%87,%88,%89" \
+  ",%90,%91,%92,%93,%94,%95,%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111"     \
+  ",%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
 
-// d = a @ b.T (+ d) for 64 rows of a in registers, 32 to 128 rows of b and 16 columns, 16-bit values.
+// d = a @ b.T (+ d) for 64 rows of a in registers, 32 to 256 rows of b and 16 columns, 16-bit values.
 #define BNB_PRODUCT_HALF(type, rows, places, a0, a1, a2, a3, b, keep, ...)                                      \
   asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" keep                                                        \
                ", 0;\n"                                                                                         \
@@ -133,6 +162,17 @@ __device__ __forceinline__ void multiply_group(float (&d)[64], const unsigned (&
 #endif
 }
 
+template <class T>
+__device__ __forceinline__ void multiply_group(float (&d)[128], const unsigned (&a)[4], uint64_t b_tile, bool add) {
+#if BNB_WGMMA
+  if constexpr (std::is_same_v<T, half_t>) {
+    BNB_PRODUCT_HALF("f16", "256", BNB_PLACES128, "128", "129", "130", "131", "132", "133", BNB_SUMS128("+f", 0));
+  } else {
+    BNB_PRODUCT_HALF("bf16", "256", BNB_PLACES128, "128", "129", "130", "131", "132", "133", BNB_SUMS128("+f", 0));
+  }
+#endif
+}
+
 // The same for int8 with both operands in shared memory, 32 columns, exact in int32.
 #define BNB_PRODUCT_INT8(rows, places, a, b, keep, ...)                                                       \
   asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" keep                                                      \
@@ -150,6 +190,18 @@ __device__ __forceinline__ void multiply_group(int (&d)[16], uint64_t a_tile, ui
 __device__ __forceinline__ void multiply_group(int (&d)[32], uint64_t a_tile, uint64_t b_tile, bool add) {
 #if BNB_WGMMA
   BNB_PRODUCT_INT8("64", BNB_PLACES32, "32", "33", "34", BNB_SUMS16("+r", 0), BNB_SUMS16("+r", 16));
+#endif
+}
+
+__device__ __forceinline__ void multiply_group(int (&d)[64], uint64_t a_tile, uint64_t b_tile, bool add) {
+#if BNB_WGMMA
+  BNB_PRODUCT_INT8("128", BNB_PLACES64, "64", "65", "66", BNB_SUMS32("+r", 0), BNB_SUMS32("+r", 32));
+#endif
+}
+
+__device__ __forceinline__ void multiply_group(int (&d)[128], uint64_t a_tile, uint64_t b_tile, bool add) {
+#if BNB_WGMMA
+  BNB_PRODUCT_INT8("256", BNB_PLACES128, "128", "129", "130", BNB_SUMS128("+r", 0));
 #endif
 }
 

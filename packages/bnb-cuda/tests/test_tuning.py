@@ -30,6 +30,26 @@ def test_more_rows_never_dequantize_early():
     assert plan(8192).path is Path.DEQUANTIZE
 
 
+@pytest.mark.parametrize(
+    ("rows", "n", "k", "path"),
+    [
+        (192, 14336, 4096, Path.WIDE),
+        (256, 14336, 4096, Path.WIDE),
+        (256, 4096, 4096, Path.GROUPS),
+        (256, 6144, 4096, Path.GROUPS),
+        (512, 14336, 4096, Path.WIDE),
+        (1024, 14336, 4096, Path.DEQUANTIZE),
+        (1024, 28672, 8192, Path.WIDE),
+        (1024, 4096, 14336, Path.WIDE),
+        (2048, 28672, 8192, Path.DEQUANTIZE),
+    ],
+)
+def test_many_rows_as_measured(rows, n, k, path):
+    assert plan(rows, n, k).path is path
+    assert plan(rows, n, k, capability=AMPERE).path is not Path.WIDE
+    assert plan(rows, n, k, blocksize=32).path is not Path.WIDE
+
+
 def test_groups_need_their_architecture_and_blocks():
     for rows in range(1, 600):
         assert plan(rows, capability=AMPERE).path is not Path.GROUPS
@@ -69,8 +89,12 @@ def test_split_fills_the_device_and_keeps_work_for_each():
 
 
 def test_int8_paths():
-    assert plan_int8(1, 4096, True) is Int8Path.FEW
-    assert plan_int8(17, 4096, True) is Int8Path.LIBRARY
-    assert plan_int8(17, 4099, True) is Int8Path.TILES
-    assert plan_int8(4096, 4099, True) is Int8Path.LIBRARY
-    assert plan_int8(1, 4096, False) is Int8Path.LIBRARY
+    half, full = torch.float16, torch.float32
+    assert plan_int8(1, 4096, half, True, 90) is Int8Path.FEW
+    assert plan_int8(17, 4096, half, True, 90) is Int8Path.GROUPS
+    assert plan_int8(4096, 4099, torch.bfloat16, True, 90) is Int8Path.GROUPS
+    assert plan_int8(17, 4096, full, True, 90) is Int8Path.LIBRARY
+    assert plan_int8(17, 4096, half, True, 80) is Int8Path.LIBRARY
+    assert plan_int8(17, 4099, half, True, 80) is Int8Path.TILES
+    assert plan_int8(4096, 4099, half, True, 80) is Int8Path.LIBRARY
+    assert plan_int8(1, 4096, half, False, 90) is Int8Path.LIBRARY

@@ -205,9 +205,10 @@ def int8_linear(A: Tensor, CB: Tensor, SCB: Tensor, threshold: float = 0.0, bias
 
 
 @cache
-def plan(rows: int, n: int, k: int, device: int) -> Int8Path:
+def plan(rows: int, n: int, k: int, dtype: torch.dtype, device: int) -> Int8Path:
     """The plan for a device, remembered."""
-    return plan_int8(rows, n, _C.int8_gemm_fits(n, k, _C.capability(device)))
+    capability = _C.capability(device)
+    return plan_int8(rows, n, dtype, _C.int8_gemm_fits(n, k, capability), capability)
 
 
 def scaled_product(
@@ -227,7 +228,7 @@ def scaled_product(
     out = empty((*A.shape[:-1], n), dtype=dtype, device=device)
     if not m or not n:
         return out
-    path = plan(m, n, k, device.index)
+    path = plan(m, n, k, dtype, device.index)
     product = integer_product(A, B) if path is Int8Path.LIBRARY else None
     _multiply(path.value, out, product, A, B, m, n, k, row_stats, col_stats, values, outliers, bias)
     return out
@@ -293,7 +294,7 @@ def bind_int8_linear(
 
     def run(A: Tensor) -> Tensor | None:
         rows, dtype = rows_of(A), A.dtype
-        path, stored = plan(rows, n, k, index), weight_of()
+        path, stored = plan(rows, n, k, dtype, index), weight_of()
         library = path is Int8Path.LIBRARY
         if rows == 0 or (library and (rows <= _LIBRARY_ROWS or not whole or stored is None)):
             return None

@@ -23,6 +23,8 @@ class Path(Enum):
     GROUPS = 4
     #: As few rows, with the bulk copies and the shared memory of compute capabilities 9.0 to 10.x.
     STREAM = 5
+    #: As groups, with tiles of 256 rows of activations, for which the weight is decoded once.
+    WIDE = 6
 
 
 class Plan(NamedTuple):
@@ -36,6 +38,10 @@ class Plan(NamedTuple):
 MOST_ROWS_FEW = 16
 MOST_ROWS_TILES = 192
 MOST_ROWS_GROUPS = 256
+#: From here on the estimates below choose among groups, wide tiles and dequantizing (compute capability 9.0).
+LEAST_ROWS_ESTIMATED = 129
+#: With more rows the library's product is so much better that dequantizing always pays.
+MOST_ROWS_WIDE = 1024
 #: Rows up to which plain arithmetic beats dequantizing, for float32.
 MOST_ROWS_SCALAR = 4
 
@@ -43,6 +49,7 @@ MOST_ROWS_SCALAR = 4
 TILE_ROWS = 128
 TILE_TOKENS = 64
 TILE_TOKENS_GROUPS = 128
+TILE_TOKENS_WIDE = 256
 TILE_STEP = 128
 MOST_SPLIT = 8
 
@@ -74,12 +81,40 @@ def plan_gemm_4bit(
     if rows <= MOST_ROWS_FEW:
         return Plan(Path.STREAM if has_large_shared_memory(capability) else Path.FEW)
     if capability == 90 and blocksize >= 64:
-        if rows > MOST_ROWS_GROUPS:
-            return Plan(Path.DEQUANTIZE)
-        return Plan(Path.GROUPS, split_of(rows, n, k, capability, processors))
+        split = split_of(rows, n, k, capability, processors)
+        if rows < LEAST_ROWS_ESTIMATED:
+            return Plan(Path.GROUPS, split)
+        times = estimated_times(rows, n, k, split, processors)
+        path = min(times, key=times.__getitem__)
+        return Plan(path, split if path is Path.GROUPS else 1)
     if rows <= MOST_ROWS_TILES:
         return Plan(Path.TILES, split_of(rows, n, k, capability, processors))
     return Plan(Path.DEQUANTIZE)
+
+
+#: Microseconds that a tile takes for its 64 (wide) or 128 (groups) columns of a stage, that pass before and after,
+#: and that a cluster takes to sum; bytes and operations per microsecond of the library's way.
+WIDE_STAGE, GROUPS_STAGE, START, CLUSTER_SUM = 0.86, 1.15, 5.0, 3.0
+LIBRARY_BYTES, LIBRARY_OPERATIONS = 2.9e6, 0.72e9
+
+
+def estimated_times(rows: int, n: int, k: int, split: int, processors: int) -> dict[Path, float]:
+    """Microseconds of the ways to multiply many rows, fitted to measurements on an H100.
+
+    Tiles come in rounds over the multiprocessors, each as long as a full one. The library's way writes the
+    dequantized weight and reads it again.
+    """
+    pairs = processors // 2
+    wide = -(-(-(-n // (2 * TILE_ROWS)) * -(-rows // TILE_TOKENS_WIDE)) // pairs) * -(-k // (TILE_STEP // 2))
+    tiles = -(-n // TILE_ROWS) * -(-rows // TILE_TOKENS_GROUPS)
+    groups = -(-tiles * split // processors) * -(-k // (TILE_STEP * split))
+    moving, multiplying = 2 * n * k / LIBRARY_BYTES, 2 * rows * n * k / LIBRARY_OPERATIONS
+    times = {Path.DEQUANTIZE: START + n * k * 2.56 / LIBRARY_BYTES + max(moving, multiplying)}
+    if rows <= MOST_ROWS_WIDE:
+        times[Path.WIDE] = START + wide * WIDE_STAGE
+    if rows <= MOST_ROWS_GROUPS:
+        times[Path.GROUPS] = START + groups * GROUPS_STAGE + (CLUSTER_SUM if split > 1 else 0.0)
+    return times
 
 
 def split_of(rows: int, n: int, k: int, capability: int, processors: int) -> int:
@@ -98,7 +133,7 @@ def split_of(rows: int, n: int, k: int, capability: int, processors: int) -> int
     return split
 
 
-#: Rows up to which the int8 kernel for few rows wins over the library's integer product.
+#: Rows up to which the int8 kernel for few rows wins over those with tiles.
 MOST_ROWS_INT8_FEW = 16
 #: The library wants sizes in multiples of this; up to so many rows the tiles serve other sizes, for which a
 #: padded copy of the weight would have to be made at each call.
@@ -115,12 +150,16 @@ class Int8Path(Enum):
     FEW = 1
     #: All in one kernel, tiles of the result.
     TILES = 2
+    #: As tiles, with the matrix units of compute capability 9.0; 16-bit results.
+    GROUPS = 3
 
 
-def plan_int8(rows: int, n: int, fits: bool) -> Int8Path:
+def plan_int8(rows: int, n: int, dtype: torch.dtype, fits: bool, capability: int) -> Int8Path:
     """How to multiply ``rows`` rows by an int8 weight of ``n`` rows; ``fits``: whether the kernels take the sizes."""
     if fits and rows <= MOST_ROWS_INT8_FEW:
         return Int8Path.FEW
+    if fits and capability == 90 and dtype in (torch.float16, torch.bfloat16):
+        return Int8Path.GROUPS
     if fits and rows <= MOST_ROWS_INT8_TILES and n % LIBRARY_MULTIPLE:
         return Int8Path.TILES
     return Int8Path.LIBRARY

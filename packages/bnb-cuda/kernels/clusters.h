@@ -1,0 +1,46 @@
+// Clusters of thread blocks (compute capability 9.0): their launch, and rings that two of them fill for each other.
+#pragma once
+
+#include <utility>
+
+#include "barriers.h"
+#include "launch.h"
+
+#ifndef BNB_HIP
+
+namespace bnb_gpu {
+
+// A warp of a math group is through with a stage; all thread blocks of the cluster wait for it.
+template <int kCluster>
+__device__ __forceinline__ void release_stage(uint64_t* drained, int lane) {
+  __syncwarp();
+  if constexpr (kCluster == 1) {
+    if (lane == 0) {
+      arrive(drained);
+    }
+  } else if (lane < kCluster) {
+    arrive_at(drained, lane);
+  }
+}
+
+// Launches a grid of `blocks` thread blocks in clusters of `cluster`.
+template <class... Parameters, class... Arguments>
+void launch_clusters(void (*kernel)(Parameters...), unsigned blocks, int threads, int shared_bytes, int cluster,
+                     const Launch& launch, const char* what, Arguments&&... arguments) {
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(blocks);
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = launch.stream();
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = cluster;
+  attribute.val.clusterDim.y = 1;
+  attribute.val.clusterDim.z = 1;
+  config.attrs = &attribute;
+  config.numAttrs = cluster > 1 ? 1 : 0;
+  check(cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...), what);
+}
+
+}  // namespace bnb_gpu
+#endif

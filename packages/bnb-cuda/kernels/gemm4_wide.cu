@@ -1,0 +1,298 @@
+// Products of a 4-bit weight with very many rows of activations on compute capability 9.0.
+//
+// A thread block computes tiles of 128 rows of the weight times 256 rows of activations, in turn. One warp has the
+// copy engine bring codes and activations into a ring in shared memory, 64 columns per stage; the two thread blocks
+// of a cluster work on the same activations, of which each brings one half for both. Two groups of four warps have 64
+// rows of the weight each. They decode codes into registers, rounded like a dequantized weight, half a stage while
+// the matrix units multiply the half before: every decoded value meets 256 rows of activations.
+#include <type_traits>
+
+#include "clusters.h"
+#include "gemm4.h"
+#include "tensor_map.h"
+#include "wgmma.h"
+
+#ifndef BNB_HIP
+#include <cooperative_groups.h>
+
+namespace bnb_gpu {
+namespace {
+
+constexpr int kGroupThreads = 4 * kLanes;
+constexpr int kMathThreads = 2 * kGroupThreads;
+constexpr int kMathWarps = kMathThreads / kLanes;
+constexpr int kThreads = kMathThreads + kGroupThreads;
+constexpr int kRows = 128, kTokens = 256;
+constexpr int kChunk = 64;  // columns of a stage
+constexpr int kHalf = kChunk / 2;
+constexpr int kProducts = kHalf / 16;
+constexpr int kCluster = 2;
+constexpr int kCodePitch = kChunk / 2;
+constexpr int kTokenBytes = kTokens * kSwizzledRowBytes;
+constexpr int kStageBytes = kTokenBytes + kRows * kCodePitch;
+constexpr int kStages = 5;
+// Pairs of values by byte, one copy for every other lane: 16 lanes read 8 bytes each at a time.
+constexpr int kCopies = kLanes / 2;
+constexpr int kTable = kStages * kStageBytes;
+constexpr int kNestedCode = kTable + 256 * kCopies * 8;
+constexpr int kBarriers = kNestedCode + 256 * 4;
+constexpr int kSharedBytes = kBarriers + 256;
+static_assert(kSharedBytes <= 227 * 1024, "more shared memory than a thread block can have");
+
+struct Problem {
+  int m, n, k;
+  int block_shift, nested_shift;
+  const void* bias;
+  int bias_dtype;
+};
+
+template <int kType>
+__device__ __forceinline__ void build_value_table(float2* table) {
+  for (int i = threadIdx.x; i < 256 * kCopies; i += kThreads) {
+    const int byte = i / kCopies;
+    table[i] = make_float2(Tables4<kType>::value(byte / 16), Tables4<kType>::value(byte % 16));
+  }
+}
+
+// Turns an 8 x 8 matrix of 16-bit numbers around, of which each lane has two neighbours of a row.
+__device__ __forceinline__ unsigned transposed(unsigned pair) {
+  unsigned turned = 0;
+#if BNB_WGMMA
+  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(turned) : "r"(pair));
+#endif
+  return turned;
+}
+
+// Writes 16 neighbouring columns of eight rows of the result. `upper`, `lower`: columns g and g + 8 of the lane's
+// two rows; afterwards a lane has four neighbours of one row.
+template <class T>
+__device__ __forceinline__ void store_columns(T* out, const Problem& p, unsigned upper, unsigned lower, int token,
+                                              int column, int lane) {
+  const int t = lane % 4;
+  const unsigned first = transposed(upper), second = transposed(lower);
+  const bool odd = t % 2 != 0;
+  const unsigned got = __shfl_xor_sync(0xffffffffu, odd ? first : second, 1);
+  const int own_token = token + lane / 4, own_column = column + (odd ? 8 : 0) + t / 2 * 4;
+  const unsigned words[2] = {odd ? got : first, odd ? second : got};
+  if (own_token >= p.m) {
+    return;
+  }
+  T* to = out + static_cast<int64_t>(own_token) * p.n + own_column;
+  if (p.n % 4 == 0) {
+    if (own_column < p.n) {
+      *reinterpret_cast<uint2*>(to) = make_uint2(words[0], words[1]);
+    }
+    return;
+  }
+  T four[4];
+  memcpy(four, words, sizeof four);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if (own_column + i < p.n) {
+      to[i] = four[i];
+    }
+  }
+}
+
+template <class T, int kType, bool kNested>
+__global__ void __launch_bounds__(kThreads, 1)
+    gemm4_wide(const __grid_constant__ CUtensorMap activations, const __grid_constant__ CUtensorMap weight,
+               const Problem p, const Statistics statistics, T* __restrict__ out) {
+#if BNB_WGMMA
+  using Scale = BlockScale<kNested, true>;
+  extern __shared__ __align__(1024) unsigned char shared[];
+  uint64_t* full = reinterpret_cast<uint64_t*>(shared + kBarriers);
+  uint64_t* drained = full + kStages;
+
+  const int rank = static_cast<int>(blockIdx.x) % kCluster;
+  const int token_tiles = (p.m + kTokens - 1) / kTokens;
+  const int tiles = (p.n + kRows * kCluster - 1) / (kRows * kCluster) * token_tiles;
+  const int first_tile = static_cast<int>(blockIdx.x) / kCluster, stride = static_cast<int>(gridDim.x) / kCluster;
+  const int steps = (p.k + kChunk - 1) / kChunk;
+  // Neighbouring clusters share rows of the weight, which then stay in the cache.
+  const auto token_of = [&](int tile) { return tile % token_tiles * kTokens; };
+  const auto row_of = [&](int tile) { return (tile / token_tiles * kCluster + rank) * kRows; };
+  const int warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
+
+  if (threadIdx.x == 0) {
+    for (int s = 0; s < kStages; ++s) {
+      initialize(full + s, 1);
+      initialize(drained + s, kMathWarps * kCluster);
+    }
+    publish_barriers();
+  }
+  const Scale scale_of(statistics, reinterpret_cast<float*>(shared + kNestedCode), p.nested_shift);
+  build_value_table<kType>(reinterpret_cast<float2*>(shared + kTable));
+  auto cluster = cooperative_groups::this_cluster();
+  cluster.sync();
+
+  if (warp >= kMathWarps) {
+    keep_fewer_registers<40>();
+    if (warp == kMathWarps && lane == 0) {
+      constexpr int kShare = kTokens / kCluster;
+      RingPlace<kStages> place;
+      for (int tile = first_tile; tile < tiles; tile += stride) {
+        const int token = token_of(tile) + rank * kShare, row = row_of(tile);
+        for (int step = 0; step < steps; ++step) {
+          unsigned char* stage = shared + place.slot * kStageBytes;
+          uint64_t* barrier = full + place.slot;
+          wait(drained + place.slot, place.parity ^ 1);
+          arrive_expecting(barrier, kStageBytes);
+          copy_box_to((1 << kCluster) - 1, stage + rank * kShare * kSwizzledRowBytes, activations, step * kChunk, token,
+                      barrier);
+          copy_box(stage + kTokenBytes, weight, step * kCodePitch, row, barrier);
+          place.advance();
+        }
+      }
+    }
+    __syncwarp();
+  } else {
+    take_more_registers<232>();
+    const int g = lane / 4, t = lane % 4;
+    const int warp_row = warp * 16, own_row = warp_row + g;
+    const unsigned selector = 0x4440u | t;
+    const unsigned char* table = shared + kTable + lane % kCopies * 8;
+    RingPlace<kStages> place;
+    float sums[kTokens / 2];
+    // The left operands of both halves of a stage: one is decoded while the other one is multiplied.
+    unsigned left[2][kProducts][4];
+    for (int tile = first_tile; tile < tiles; tile += stride) {
+      const int first_row = row_of(tile), first_token = token_of(tile);
+      int64_t row_begin[2];
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        row_begin[h] = static_cast<int64_t>(min(first_row + own_row + 8 * h, p.n - 1)) * p.k;
+      }
+      // Statistics of four stages at a time, one per lane of four, and those of the next four on their way.
+      typename Scale::Stored coming[2];
+      float current[2], scale[2];
+      const auto fetch_scales = [&](int step) {
+        const int column = min((step + t) * kChunk, p.k - 1);
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          coming[h] = scale_of.fetch((row_begin[h] + column) >> p.block_shift);
+        }
+      };
+      const auto next_scales = [&](int step) {
+        if (step % 4 == 0) {
+          current[0] = scale_of.value(coming[0]);
+          current[1] = scale_of.value(coming[1]);
+          fetch_scales(step + 4);
+        }
+        const int from = (lane & ~3) | (step & 3);
+        scale[0] = shuffle(current[0], from);
+        scale[1] = shuffle(current[1], from);
+      };
+      const auto decode_half = [&](int half, int slot) {
+        const unsigned char* codes = shared + slot * kStageBytes + kTokenBytes + own_row * kCodePitch;
+        unsigned words[2][4];
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          // The copy engine swaps the halves of every second four rows.
+          const uint4 four = *reinterpret_cast<const uint4*>(codes + h * 8 * kCodePitch + ((half ^ (g >> 2)) * 16));
+          words[h][0] = four.x;
+          words[h][1] = four.y;
+          words[h][2] = four.z;
+          words[h][3] = four.w;
+        }
+#pragma unroll
+        for (int i = 0; i < kProducts; ++i) {
+#pragma unroll
+          for (int j = 0; j < 4; ++j) {
+            const unsigned byte = __byte_perm(words[j % 2][2 * i + j / 2], 0, selector);
+            const float2 pair = *reinterpret_cast<const float2*>(table + byte * (kCopies * 8));
+            left[half][i][j] = pack_pair<T>(pair.x * scale[j % 2], pair.y * scale[j % 2]);
+          }
+        }
+      };
+      const auto multiply_half = [&](int half, int slot, bool add) {
+        const uint64_t right = tile_descriptor(shared + slot * kStageBytes);
+        begin_products();
+#pragma unroll
+        for (int i = 0; i < kProducts; ++i) {
+          multiply_group<T>(sums, left[half][i], right + 2 * (half * kProducts + i), add || half + i > 0);
+        }
+        commit_products();
+      };
+
+      fetch_scales(0);
+      next_scales(0);
+      wait(full + place.slot, place.parity);
+      decode_half(0, place.slot);
+      int held = 0;
+      for (int step = 0; step < steps; ++step) {
+        multiply_half(0, place.slot, step > 0);
+        wait_for_products_but<1>();
+        if (step > 0) {
+          release_stage<kCluster>(drained + held, lane);
+        }
+        decode_half(1, place.slot);
+        multiply_half(1, place.slot, true);
+        wait_for_products_but<1>();
+        held = place.slot;
+        place.advance();
+        if (step + 1 < steps) {
+          next_scales(step + 1);
+          wait(full + place.slot, place.parity);
+          decode_half(0, place.slot);
+        }
+      }
+      wait_for_products(sums);
+      release_stage<kCluster>(drained + held, lane);
+
+      float bias[2];
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int row = first_row + own_row + 8 * h;
+        bias[h] = load_bias(row < p.n ? p.bias : nullptr, p.bias_dtype, row);
+      }
+#pragma unroll
+      for (int j = 0; j < kTokens / 8; ++j) {
+        const unsigned upper = pack_pair<T>(sums[4 * j] + bias[0], sums[4 * j + 1] + bias[0]);
+        const unsigned lower = pack_pair<T>(sums[4 * j + 2] + bias[1], sums[4 * j + 3] + bias[1]);
+        store_columns(out, p, upper, lower, first_token + 8 * j, first_row + warp_row, lane);
+      }
+    }
+  }
+  // Neither shared memory nor barriers may go while the other thread block still uses them.
+  cluster.sync();
+#endif
+}
+
+template <class T, int kType, bool kNested>
+void run(const Launch& launch, const Gemm4& p) {
+  const auto kernel = gemm4_wide<T, kType, kNested>;
+  static SharedMemoryLimit limit;
+  limit.raise(launch, reinterpret_cast<const void*>(kernel), kSharedBytes);
+  const CUtensorMap activations = matrix_map(p.a, tensor_map_type<T>(), 2, p.m, p.k, kTokens / kCluster, kChunk,
+                                             CU_TENSOR_MAP_SWIZZLE_128B);
+  const CUtensorMap weight = matrix_map(p.packed, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, p.n, p.k / 2, kRows, kCodePitch,
+                                        CU_TENSOR_MAP_SWIZZLE_32B);
+  const Problem problem{static_cast<int>(p.m),
+                        static_cast<int>(p.n),
+                        static_cast<int>(p.k),
+                        exact_log2(p.blocksize),
+                        exact_log2(p.statistics.nested_blocksize),
+                        p.bias,
+                        p.bias_dtype};
+  const int64_t tiles = ceil_div(p.n, kRows * kCluster) * ceil_div(p.m, kTokens);
+  const int64_t most = launch.processors() / kCluster;
+  launch_clusters(kernel, static_cast<unsigned>((tiles < most ? tiles : most) * kCluster), kThreads, kSharedBytes,
+                  kCluster, launch, "gemm_4bit", activations, weight, problem, p.statistics, static_cast<T*>(p.out));
+}
+
+}  // namespace
+
+void gemm_4bit_wide(const Launch& launch, const Gemm4& p) {
+  with_half_dtype(p.dtype, [&](auto type) {
+    with_quant_type(p.quant_type, [&](auto quant) {
+      with_nested(p.statistics, [&](auto nested) {
+        run<typename decltype(type)::type, decltype(quant)::value, decltype(nested)::value>(launch, p);
+      });
+    });
+  });
+  check_launch("gemm_4bit");
+}
+
+}  // namespace bnb_gpu
+#endif

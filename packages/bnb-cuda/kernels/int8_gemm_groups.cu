@@ -1,0 +1,432 @@
+// int8 products with 17 and more rows of activations on compute capability 9.0, all in one kernel.
+//
+// A thread block computes tiles of 64 or 128 rows of activations times 64 to 256 rows of the weight, in turn. One
+// warp has the copy engine bring both into a ring in shared memory, 128 columns per stage; two groups of four warps
+// multiply them with the matrix units, while the next tile's columns already arrive. Two thread blocks of a cluster
+// that share rows of the weight bring one half of them each, for both.
+//
+// The warps that have nothing to copy fetch what a tile needs in the end, while it is multiplied: scales, bias and the
+// outlier columns. These are gathered 16 at a time, and multiplied as 16-bit numbers, in which both values and codes
+// are exact, onto the scaled integers.
+#include <type_traits>
+
+#include "clusters.h"
+#include "int8_gemm.h"
+#include "tensor_map.h"
+#include "wgmma.h"
+
+#ifndef BNB_HIP
+#include <cooperative_groups.h>
+
+namespace bnb_gpu {
+namespace {
+
+constexpr int kGroupThreads = 4 * kLanes;
+constexpr int kGroups = 2;
+constexpr int kMathThreads = kGroups * kGroupThreads;
+constexpr int kMathWarps = kMathThreads / kLanes;
+constexpr int kThreads = kMathThreads + kGroupThreads;
+constexpr int kStep = kSwizzledRowBytes;  // columns of a stage
+constexpr int kBatch = 16;                // outlier columns of one product
+constexpr int kBatchPitch = 2 * kBatch;   // bytes of a row of a batch
+constexpr int kSlots = 2;                 // of batches, and of constants of a tile
+constexpr int kGatherThreads = kGroupThreads - kLanes;
+constexpr int kSharedLimit = 226 * 1024;
+
+template <int kTokens, int kRows, int kCluster>
+struct Shape {
+  // Groups share the rows of activations, or those of the weight.
+  static constexpr bool kSharesTokens = kTokens == 128;
+  static constexpr int kGroupRows = kSharesTokens ? kRows : kRows / kGroups;
+  static constexpr int kTokenBytes = kTokens * kStep;
+  static constexpr int kStageBytes = kTokenBytes + kRows * kStep;
+  static constexpr int kBatchBytes = (kTokens + kRows) * kBatchPitch;
+  // Scales of tokens, scales of rows of the weight, bias of these rows; as floats.
+  static constexpr int kConstants = kTokens + 2 * kRows;
+  static constexpr int kFit = (kSharedLimit - kSlots * (kBatchBytes + 4 * kConstants)) / kStageBytes;
+  static constexpr int kStages = kFit < 8 ? kFit : 8;
+  static constexpr int kBatches = kStages * kStageBytes;
+  static constexpr int kConstantsBegin = kBatches + kSlots * kBatchBytes;
+  static constexpr int kBarriers = kConstantsBegin + kSlots * 4 * kConstants;
+  static constexpr int kBytes = kBarriers + 256;
+  static constexpr int kBoxRows = kRows / kCluster;
+};
+
+struct Problem {
+  int m, n, k;
+  const float* a_absmax;
+  const float* b_absmax;
+  const void* values;
+  const int8_t* codes;
+  Outliers outliers;
+  const void* bias;
+  int bias_dtype;
+};
+
+// Offset in bytes of a pair of values in a batch: 16-byte halves of rows swapped so that eight rows use all banks.
+__device__ __forceinline__ int batch_offset(int row, int pair) {
+  return row * kBatchPitch + ((pair / 4) ^ ((row >> 2) & 1)) * 16 + pair % 4 * 4;
+}
+
+// Fetches the constants of a tile; zeros beyond the matrices.
+template <int kTokens, int kRows>
+__device__ __forceinline__ void fetch_constants(float* constants, const Problem& p, int first_token, int first_row,
+                                                int thread) {
+  for (int i = thread; i < kTokens; i += kGatherThreads) {
+    constants[i] = first_token + i < p.m ? __ldg(p.a_absmax + first_token + i) : 0.0f;
+  }
+  for (int i = thread; i < kRows; i += kGatherThreads) {
+    const int row = first_row + i;
+    constants[kTokens + i] = row < p.n ? __ldg(p.b_absmax + row) : 0.0f;
+    constants[kTokens + kRows + i] = load_bias(row < p.n ? p.bias : nullptr, p.bias_dtype, row);
+  }
+}
+
+// Gathers one batch of outlier columns, first of the activations, then of the weight's codes; zeros beyond the end.
+template <class T, int kTokens, int kRows>
+__device__ __forceinline__ void gather(unsigned char* batch, const Problem& p, int first_token, int first_row,
+                                       int first, int count, int thread) {
+  const T* values = static_cast<const T*>(p.values);
+  const int columns = min(kBatch, count - first);
+  // A thread keeps to one pair of columns.
+  const int pair = thread % (kBatch / 2), begin = thread / (kBatch / 2);
+  const bool has[2] = {2 * pair < columns, 2 * pair + 1 < columns};
+  int column[2];
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    column[i] = has[i] ? p.outliers.columns[first + 2 * pair + i] : 0;
+  }
+  constexpr int kStride = kGatherThreads / (kBatch / 2);
+#pragma unroll 2
+  for (int row = begin; row < kTokens + kRows; row += kStride) {
+    T two[2] = {from_float<T>(0.0f), from_float<T>(0.0f)};
+    if (row < kTokens) {
+      const int64_t from = static_cast<int64_t>(first_token + row) * p.k;
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        if (has[i] && first_token + row < p.m) {
+          two[i] = values[from + column[i]];
+        }
+      }
+    } else {
+      const int64_t from = static_cast<int64_t>(first_row + row - kTokens) * p.k;
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        if (has[i] && first_row + row - kTokens < p.n) {
+          two[i] = from_float<T>(static_cast<float>(p.codes[from + column[i]]));
+        }
+      }
+    }
+    unsigned bits;
+    memcpy(&bits, two, sizeof bits);
+    *reinterpret_cast<unsigned*>(batch + batch_offset(row, pair)) = bits;
+  }
+}
+
+// Four lanes hold a pair of neighbouring columns each of four groups of eight columns; afterwards each lane holds
+// one group.
+__device__ __forceinline__ void transpose_quad(unsigned (&words)[4], int t) {
+#pragma unroll
+  for (int distance = 1; distance < 4; distance *= 2) {
+    const bool upper = (t & distance) != 0;
+#pragma unroll
+    for (int low = 0; low < 4; ++low) {
+      if ((low & distance) == 0) {
+        const int high = low | distance;
+        const unsigned got = __shfl_xor_sync(0xffffffffu, upper ? words[low] : words[high], distance);
+        words[low] = upper ? got : words[low];
+        words[high] = upper ? words[high] : got;
+      }
+    }
+  }
+}
+
+// Writes 32 columns of the result in one of its rows; four lanes have two columns of each of four groups of eight.
+template <class T>
+__device__ __forceinline__ void store_rows(T* out, unsigned (&words)[4], const Problem& p, int token, int column,
+                                           int t) {
+  T* to = out + static_cast<int64_t>(token) * p.n + column;
+  if (p.n % 8 == 0) {
+    transpose_quad(words, t);
+    if (token < p.m && column + 8 * t < p.n) {
+      *reinterpret_cast<uint4*>(to + 8 * t) = make_uint4(words[0], words[1], words[2], words[3]);
+    }
+    return;
+  }
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+    T pair[2];
+    memcpy(pair, &words[j], sizeof pair);
+#pragma unroll
+    for (int c = 0; c < 2; ++c) {
+      if (token < p.m && column + 8 * j + 2 * t + c < p.n) {
+        to[8 * j + 2 * t + c] = pair[c];
+      }
+    }
+  }
+}
+
+template <class T, bool kOutliers, int kTokens, int kRows, int kCluster>
+__global__ void __launch_bounds__(kThreads, 1)
+    int8_groups(const __grid_constant__ CUtensorMap activations, const __grid_constant__ CUtensorMap weight,
+                const Problem p, T* __restrict__ out) {
+#if BNB_WGMMA
+  using Layout = Shape<kTokens, kRows, kCluster>;
+  constexpr int kStages = Layout::kStages, kGroupRows = Layout::kGroupRows;
+  extern __shared__ __align__(1024) unsigned char shared[];
+  uint64_t* full = reinterpret_cast<uint64_t*>(shared + Layout::kBarriers);
+  uint64_t* drained = full + kStages;
+  uint64_t* gathered = drained + kStages;
+  uint64_t* used = gathered + kSlots;
+  uint64_t* known = used + kSlots;
+  uint64_t* read = known + kSlots;
+
+  const int rank = kCluster > 1 ? static_cast<int>(blockIdx.x) % kCluster : 0;
+  const int token_tiles = (p.m + kTokens * kCluster - 1) / (kTokens * kCluster);
+  const int tiles = (p.n + kRows - 1) / kRows * token_tiles;
+  const int first_tile = static_cast<int>(blockIdx.x) / kCluster, stride = static_cast<int>(gridDim.x) / kCluster;
+  const int steps = (p.k + kStep - 1) / kStep;
+  // Neighbouring thread blocks share rows of the weight, which then stay in the cache.
+  const auto token_of = [&](int tile) { return (tile % token_tiles * kCluster + rank) * kTokens; };
+  const auto row_of = [&](int tile) { return tile / token_tiles * kRows; };
+  const int warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
+  float* constants = reinterpret_cast<float*>(shared + Layout::kConstantsBegin);
+
+  if (threadIdx.x == 0) {
+    for (int s = 0; s < kStages; ++s) {
+      initialize(full + s, 1);
+      initialize(drained + s, kMathWarps * kCluster);
+    }
+    for (int s = 0; s < kSlots; ++s) {
+      initialize(gathered + s, kGatherThreads);
+      initialize(used + s, kMathWarps);
+      initialize(known + s, kGatherThreads);
+      initialize(read + s, kMathWarps);
+    }
+    publish_barriers();
+  }
+  auto cluster = cooperative_groups::this_cluster();
+  if constexpr (kCluster > 1) {
+    cluster.sync();
+  } else {
+    __syncthreads();
+  }
+
+  if (warp >= kMathWarps) {
+    keep_fewer_registers<56>();
+    if (warp == kMathWarps) {
+      if (lane == 0) {
+        RingPlace<kStages> place;
+        for (int tile = first_tile; tile < tiles; tile += stride) {
+          const int token = token_of(tile), row = row_of(tile) + rank * Layout::kBoxRows;
+          for (int step = 0; step < steps; ++step) {
+            unsigned char* stage = shared + place.slot * Layout::kStageBytes;
+            unsigned char* box = stage + Layout::kTokenBytes + rank * Layout::kBoxRows * kStep;
+            uint64_t* barrier = full + place.slot;
+            wait(drained + place.slot, place.parity ^ 1);
+            arrive_expecting(barrier, Layout::kStageBytes);
+            copy_box(stage, activations, step * kStep, token, barrier);
+            if constexpr (kCluster > 1) {
+              copy_box_to((1 << kCluster) - 1, box, weight, step * kStep, row, barrier);
+            } else {
+              copy_box(box, weight, step * kStep, row, barrier);
+            }
+            place.advance();
+          }
+        }
+      }
+      __syncwarp();
+    } else {
+      const int count = kOutliers ? *p.outliers.count : 0, thread = static_cast<int>(threadIdx.x) - kMathThreads - kLanes;
+      RingPlace<kSlots> place, batch_place;
+      for (int tile = first_tile; tile < tiles; tile += stride) {
+        wait(read + place.slot, place.parity ^ 1);
+        fetch_constants<kTokens, kRows>(constants + place.slot * Layout::kConstants, p, token_of(tile), row_of(tile),
+                                        thread);
+        arrive(known + place.slot);
+        place.advance();
+        for (int first = 0; first < count; first += kBatch) {
+          wait(used + batch_place.slot, batch_place.parity ^ 1);
+          gather<T, kTokens, kRows>(shared + Layout::kBatches + batch_place.slot * Layout::kBatchBytes, p,
+                                    token_of(tile), row_of(tile), first, count, thread);
+          arrive(gathered + batch_place.slot);
+          batch_place.advance();
+        }
+      }
+      __syncwarp();
+    }
+  } else {
+    take_more_registers<224>();
+    const int group = threadIdx.x / kGroupThreads, g = lane / 4, t = lane % 4;
+    // The tokens and rows of the weight that this group multiplies, within a tile.
+    const int group_token = Layout::kSharesTokens ? group * 64 : 0, group_row = Layout::kSharesTokens ? 0 : group * kGroupRows;
+    const int own_token = group_token + warp % 4 * 16 + g;
+    const int count = kOutliers ? *p.outliers.count : 0;
+    RingPlace<kStages> place;
+    RingPlace<kSlots> constants_place, batch_place;
+    for (int tile = first_tile; tile < tiles; tile += stride) {
+      int sums[kGroupRows / 2];
+      int held = 0;
+      for (int step = 0; step < steps; ++step) {
+        const unsigned char* stage = shared + place.slot * Layout::kStageBytes;
+        const uint64_t left = tile_descriptor(stage + group_token * kStep);
+        const uint64_t right = tile_descriptor(stage + Layout::kTokenBytes + group_row * kStep);
+        wait(full + place.slot, place.parity);
+        begin_products();
+#pragma unroll
+        for (int i = 0; i < kStep / 32; ++i) {
+          multiply_group(sums, left + 2 * i, right + 2 * i, step + i > 0);
+        }
+        commit_products();
+        // The products of the stage before are through: it can be filled again.
+        wait_for_products_but<1>();
+        if (step > 0) {
+          release_stage<kCluster>(drained + held, lane);
+        }
+        held = place.slot;
+        place.advance();
+      }
+      wait_for_products(sums);
+      release_stage<kCluster>(drained + held, lane);
+
+      const int token = token_of(tile) + own_token, first_row = row_of(tile) + group_row;
+      const float* own = constants + constants_place.slot * Layout::kConstants;
+      wait(known + constants_place.slot, constants_place.parity);
+      const float token_scale[2] = {own[own_token], own[own_token + 8]};
+      if constexpr (kOutliers) {
+        // From here on the registers hold float32, without the scales of the weight's rows.
+#pragma unroll
+        for (int i = 0; i < kGroupRows / 2; ++i) {
+          sums[i] = __float_as_int(__int2float_rn(sums[i]) * (token_scale[i % 4 / 2] * (1.0f / 127.0f)));
+        }
+        for (int first = 0; first < count; first += kBatch) {
+          const unsigned char* batch = shared + Layout::kBatches + batch_place.slot * Layout::kBatchBytes;
+          wait(gathered + batch_place.slot, batch_place.parity);
+          const auto pair_at = [&](int row, int pair) {
+            return *reinterpret_cast<const unsigned*>(batch + batch_offset(row, pair));
+          };
+          const unsigned values[4] = {pair_at(own_token, t), pair_at(own_token + 8, t), pair_at(own_token, t + 4),
+                                      pair_at(own_token + 8, t + 4)};
+#pragma unroll
+          for (int j = 0; j < kGroupRows / 8; ++j) {
+            const int row = kTokens + group_row + 8 * j + g;
+            float four[4];
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+              four[i] = __int_as_float(sums[4 * j + i]);
+            }
+            multiply_tile<T>(four, values, pair_at(row, t), pair_at(row, t + 4));
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+              sums[4 * j + i] = __float_as_int(four[i]);
+            }
+          }
+          __syncwarp();
+          if (lane == 0) {
+            arrive(used + batch_place.slot);
+          }
+          batch_place.advance();
+        }
+      }
+#pragma unroll
+      for (int q = 0; q < kGroupRows / 32; ++q) {
+        unsigned words[2][4];
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          const float* of_row = own + kTokens + group_row + 32 * q + 8 * j + 2 * t;
+          const float2 scale = *reinterpret_cast<const float2*>(of_row);
+          const float2 offset = *reinterpret_cast<const float2*>(of_row + kRows);
+#pragma unroll
+          for (int h = 0; h < 2; ++h) {
+            const int i = 16 * q + 4 * j + 2 * h;
+            const auto result = [&](int sum, float row_scale, float bias) {
+              return kOutliers ? __fmaf_rn(__int_as_float(sum), row_scale * (1.0f / 127.0f), bias)
+                               : scaled_product(sum, token_scale[h], row_scale, 0.0f, bias);
+            };
+            words[h][j] = pack_pair<T>(result(sums[i], scale.x, offset.x), result(sums[i + 1], scale.y, offset.y));
+          }
+        }
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          store_rows<T>(out, words[h], p, token + 8 * h, first_row + 32 * q, t);
+        }
+      }
+      __syncwarp();
+      if (lane == 0) {
+        arrive(read + constants_place.slot);
+      }
+      constants_place.advance();
+    }
+  }
+  // Neither shared memory nor barriers may go while the other thread block still uses them.
+  if constexpr (kCluster > 1) {
+    cluster.sync();
+  }
+#endif
+}
+
+template <class T, bool kOutliers, int kTokens, int kRows, int kCluster>
+void run(const Launch& launch, const Gemm8& p) {
+  using Layout = Shape<kTokens, kRows, kCluster>;
+  const auto kernel = int8_groups<T, kOutliers, kTokens, kRows, kCluster>;
+  static SharedMemoryLimit limit;
+  limit.raise(launch, reinterpret_cast<const void*>(kernel), Layout::kBytes);
+  constexpr auto kByte = CU_TENSOR_MAP_DATA_TYPE_UINT8;
+  constexpr auto kSwizzle = CU_TENSOR_MAP_SWIZZLE_128B;
+  const CUtensorMap activations = matrix_map(p.a, kByte, 1, p.m, p.k, kTokens, kStep, kSwizzle);
+  const CUtensorMap weight = matrix_map(p.b, kByte, 1, p.n, p.k, Layout::kBoxRows, kStep, kSwizzle);
+  const Problem problem{static_cast<int>(p.m), static_cast<int>(p.n), static_cast<int>(p.k), p.a_absmax, p.b_absmax,
+                        p.values,              p.b,                   p.outliers,            p.bias,     p.bias_dtype};
+  const int64_t tiles = ceil_div(p.n, kRows) * ceil_div(p.m, kTokens * kCluster);
+  const int64_t most = launch.processors() / kCluster;
+  launch_clusters(kernel, static_cast<unsigned>((tiles < most ? tiles : most) * kCluster), kThreads, Layout::kBytes,
+                  kCluster, launch, "int8_linear", activations, weight, problem, static_cast<T*>(p.out));
+}
+
+// A tile that the kernel is built for, and what it costs: bytes per column are brought at the rate of 40 per cycle,
+// 4096 products are made in one.
+struct Tile {
+  int tokens, rows;
+
+  int64_t cost(int64_t m, int64_t n, int processors) const {
+    const int64_t rounds = ceil_div(ceil_div(m, tokens) * ceil_div(n, rows), processors);
+    const int64_t moving = (tokens + rows) * int64_t{kStep} / 40, multiplying = int64_t{tokens} * rows * kStep / 4096;
+    return rounds * (moving > multiplying ? moving : multiplying);
+  }
+};
+
+}  // namespace
+
+void int8_gemm_groups(const Launch& launch, const Gemm8& p) {
+  constexpr Tile kTiles[] = {{64, 64}, {64, 128}, {128, 64}, {128, 128}, {128, 256}};
+  int chosen = 0;
+  for (int i = 1; i < 5; ++i) {
+    // Of equals the larger tile, which reads less.
+    if (kTiles[i].cost(p.m, p.n, launch.processors()) <= kTiles[chosen].cost(p.m, p.n, launch.processors())) {
+      chosen = i;
+    }
+  }
+  const bool pairs = ceil_div(p.m, 128) % 2 == 0;
+  with_half_dtype(p.dtype, [&](auto type) {
+    with_outliers(p, [&](auto outliers) {
+      using T = typename decltype(type)::type;
+      constexpr bool kOutliers = decltype(outliers)::value;
+      switch (chosen) {
+        case 0:
+          return run<T, kOutliers, 64, 64, 1>(launch, p);
+        case 1:
+          return run<T, kOutliers, 64, 128, 1>(launch, p);
+        case 2:
+          return run<T, kOutliers, 128, 64, 1>(launch, p);
+        case 3:
+          return run<T, kOutliers, 128, 128, 1>(launch, p);
+        default:
+          return pairs ? run<T, kOutliers, 128, 256, 2>(launch, p) : run<T, kOutliers, 128, 256, 1>(launch, p);
+      }
+    });
+  });
+  check_launch("int8_linear");
+}
+
+}  // namespace bnb_gpu
+#endif
