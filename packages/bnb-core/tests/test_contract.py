@@ -10,6 +10,7 @@ from bitsandbytes.backends.description import Kernel
 from bitsandbytes.backends.dispatch import chained, has_keyword_only
 from bitsandbytes.contract import OPS, TensorSpec, check_dtype, check_result_buffer, check_same_device, check_that
 from bitsandbytes.errors import ArgumentError, ArgumentTypeError, BackendError
+from bitsandbytes.ops import fourbit_matmul
 
 NAMES = list(OPS)
 
@@ -167,3 +168,64 @@ def test_a_description_with_a_wrong_field_is_refused(field, value):
     Backend(**fields)
     with pytest.raises(ArgumentTypeError, match=f"Backend.{field} is "):
         Backend(**{**fields, field: value})
+
+
+USUAL_PRODUCTS = {
+    "plain": {
+        "A": torch.zeros(3, 96, dtype=torch.bfloat16),
+        "B": torch.zeros(10 * 96 // 2, 1, dtype=torch.uint8),
+        "shapeB": torch.Size([10, 96]),
+        "absmax": torch.zeros(15),
+        "blocksize": 64,
+        "quant_type": "nf4",
+        "bias": None,
+        "absmax_8bit": None,
+        "absmax_code": None,
+        "absmax_offset": None,
+    }
+}
+USUAL_PRODUCTS["nested"] = USUAL_PRODUCTS["plain"] | {
+    "absmax": torch.zeros(1),
+    "absmax_8bit": torch.zeros(15, dtype=torch.uint8),
+    "absmax_code": torch.zeros(256),
+    "absmax_offset": torch.zeros(()),
+}
+#: Changes of one argument with which a product breaks the contract.
+BROKEN_PRODUCTS = {
+    "A": [
+        torch.zeros(3, 95),
+        torch.tensor(0.0),
+        torch.zeros(3, 96, dtype=torch.float64),
+        torch.zeros(96, device="meta"),
+    ],
+    "B": [torch.zeros(479, dtype=torch.uint8), torch.zeros(480), torch.zeros(480, dtype=torch.uint8, device="meta")],
+    "shapeB": [(10,), (10, 96, 1), (-10, -96), (10, 98)],
+    "absmax": [torch.zeros(16), torch.zeros(15, dtype=torch.float64), torch.zeros(15, device="meta")],
+    "blocksize": [63, 0, -2, True, 2**62 + 2, 64.0],
+    "quant_type": ["nf3"],
+    "bias": [torch.zeros(9), torch.zeros(10, dtype=torch.int32)],
+    "absmax_8bit": [
+        torch.zeros(14, dtype=torch.uint8),
+        torch.zeros(15),
+        torch.zeros(15, dtype=torch.uint8, device="meta"),
+    ],
+    "absmax_code": [
+        torch.zeros(257),
+        torch.zeros(0),
+        torch.zeros(256, dtype=torch.float16),
+        torch.zeros(256, device="meta"),
+    ],
+    "absmax_offset": [torch.zeros(2), torch.zeros((), dtype=torch.float64), torch.zeros((), device="meta")],
+}
+
+
+@pytest.mark.parametrize("kind", USUAL_PRODUCTS)
+def test_usual_products_are_recognized_at_once_and_broken_ones_are_refused(kind):
+    usual = USUAL_PRODUCTS[kind]
+    assert fourbit_matmul._is_usual(*usual.values())
+    for name, values in BROKEN_PRODUCTS.items():
+        for value in [*values, *((None,) if kind == "nested" and name.startswith("absmax_") else ())]:
+            broken = usual | {name: value}
+            assert not fourbit_matmul._is_usual(*broken.values()), (name, value)
+            with pytest.raises((ArgumentError, ArgumentTypeError)):
+                OPS["gemm_4bit"].check(*broken.values())

@@ -173,6 +173,24 @@ def test_nothing_is_kept_alive_or_copied(counter, index):
     assert alive() is None
 
 
+def test_the_state_of_int8_follows_the_weight(counter):
+    layer = list(layers())[2]
+    x = torch.randn(3, 64)
+    with torch.no_grad():
+        layer(x)
+        layer.state.CB = None
+        layer(x)
+        assert layer.state.CB.data_ptr() == layer.weight.data_ptr()
+        layer(x)
+        assert counter.bound_calls == 1
+        layer.weight.data = layer.weight.data.clone()
+        layer(x)
+        assert layer.state.CB.data_ptr() == layer.weight.data_ptr()
+        layer.weight.SCB = layer.weight.SCB.clone()
+        layer(x)
+        assert layer.state.SCB is layer.weight.SCB
+
+
 def test_compiled_layers_do_not_see_it(counter):
     for layer in layers():
         compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")

@@ -65,17 +65,7 @@ def gemm_4bit(
     """Native ``gemm_4bit``."""
     out = empty_result((*A.shape[:-1], shapeB[0]), A.dtype, A.device)
     _gemm_4bit_into(
-        A,
-        B,
-        shapeB,
-        absmax,
-        blocksize,
-        out,
-        quant_type=quant_type,
-        bias=bias,
-        absmax_8bit=absmax_8bit,
-        absmax_code=absmax_code,
-        absmax_offset=absmax_offset,
+        A, B, shapeB, absmax, blocksize, out, quant_type, None, bias, absmax_8bit, absmax_code, absmax_offset
     )
     return out
 
@@ -87,7 +77,6 @@ def _gemm_4bit_into(
     absmax: Tensor,
     blocksize: int,
     out: Tensor,
-    *,
     quant_type: str = "nf4",
     table: Tensor | None = None,
     bias: Tensor | None = None,
@@ -382,9 +371,10 @@ def bind_gemm_4bit(
     )
 
     def run(A: Tensor) -> Tensor:
-        A = A if A.is_contiguous() else A.contiguous()
-        out = empty_result((*A.shape[:-1], n), A.dtype, device)
-        multiply(A.data_ptr(), DTYPES[A.dtype], rows_of(A), *weight, out.data_ptr(), get_num_threads())
+        A, dtype = A if A.is_contiguous() else A.contiguous(), A.dtype
+        out = empty_result((*A.shape[:-1], n), dtype, device)
+        rows = A.numel() // k if k else rows_of(A)
+        multiply(A.data_ptr(), DTYPES[dtype], rows, *weight, out.data_ptr(), get_num_threads())
         return out
 
     return run
@@ -397,13 +387,14 @@ def bind_int8_linear(
     if not all_contiguous(CB, SCB, bias):
         return None
     multiply, device = _C.int8_linear, CB.device
-    n = CB.shape[0]
-    weight = (CB.data_ptr(), SCB.data_ptr(), n, CB.shape[1], threshold, address(bias), dtype_number(bias))
+    n, k = CB.shape
+    weight = (CB.data_ptr(), SCB.data_ptr(), n, k, threshold, address(bias), dtype_number(bias))
 
     def run(A: Tensor) -> Tensor:
-        A = A if A.is_contiguous() else A.contiguous()
-        out = empty_result((*A.shape[:-1], n), A.dtype, device)
-        multiply(A.data_ptr(), DTYPES[A.dtype], rows_of(A), *weight, out.data_ptr(), get_num_threads())
+        A, dtype = A if A.is_contiguous() else A.contiguous(), A.dtype
+        out = empty_result((*A.shape[:-1], n), dtype, device)
+        rows = A.numel() // k if k else rows_of(A)
+        multiply(A.data_ptr(), DTYPES[dtype], rows, *weight, out.data_ptr(), get_num_threads())
         return out
 
     return run

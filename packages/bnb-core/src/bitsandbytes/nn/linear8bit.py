@@ -64,13 +64,13 @@ class Linear8bitLt(Storage8bit, torch.nn.Linear):
         weight: Any = self._parameters["weight"]
         bias, state = self._parameters["bias"], self.state
         state.is_training = self.training
-        if not isinstance(weight, Int8Params) and weight.dtype != torch.int8:
-            # A weight tied to an unquantized layer, such as an embedding, works as it is.
-            return torch.nn.functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
         if weight.dtype == torch.int8:
-            self.init_8bit_state()
             if not torch.compiler.is_compiling():
                 return self._multiply(x, weight, bias)
+            self.init_8bit_state()
+        elif not isinstance(weight, Int8Params):
+            # A weight tied to an unquantized layer, such as an embedding, works as it is.
+            return torch.nn.functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
         elif not state.has_fp16_weights:
             # Not moved to a device yet: nothing of another weight may be left in the state.
             state.reset_grads()
@@ -78,17 +78,20 @@ class Linear8bitLt(Storage8bit, torch.nn.Linear):
 
     def _multiply(self, x: torch.Tensor, weight: Any, bias: torch.Tensor | None) -> torch.Tensor:
         """The product with an int8 weight, by the short way where there is one."""
-        state, bound = self.state, bound_of(self)
-        SCB, threshold = state.SCB, state.threshold
+        state, bound, SCB = self.state, bound_of(self), weight.SCB
+        threshold = state.threshold
         in_float = state.is_training and x.device.type in FLOAT_TRAINING_DEVICES
-        if SCB is None or state.outlier_pool is not None or in_float:
-            return matmul(x, weight, bias=bias, state=state)
-        if bound.threshold == threshold and bound.takes(x, weight, bias, SCB):
+        special = in_float or state.outlier_pool is not None
+        # What a product is bound to lies where the state was last told, and need not be told again.
+        told = SCB is not None and SCB is state.SCB and state.CB is not None
+        if told and not special and bound.threshold == threshold and bound.takes(x, weight, bias, SCB):
             result = bound.run(x)
             if result is not None:
                 return result
+        self.init_8bit_state()
+        SCB = state.SCB
         result = matmul(x, weight, bias=bias, state=state)
-        if not result.requires_grad and not is_intercepted():
+        if not special and SCB is not None and not result.requires_grad and not is_intercepted():
             bound.threshold = threshold
             bound.bind("int8_linear", x, weight, bias, (SCB,), (weight, SCB, threshold, bias))
         return result

@@ -13,9 +13,19 @@ from collections.abc import Sequence
 
 import torch
 
-from bitsandbytes.codebooks import code_4bit
+from bitsandbytes.codebooks import QUANT_TYPES_4BIT, code_4bit
 from bitsandbytes.contract import TensorSpec, check_dtype, check_same_device, check_that, define_op
-from bitsandbytes.ops.common import check_bias, check_blocksize, check_float, check_numel, check_result_dtype
+from bitsandbytes.ops.common import (
+    FLOAT_DTYPES,
+    MAX_BLOCKSIZE,
+    NESTED_BLOCKSIZE,
+    block_count,
+    check_bias,
+    check_blocksize,
+    check_float,
+    check_numel,
+    check_result_dtype,
+)
 from bitsandbytes.ops.fourbit import (
     check_absmax,
     check_packed,
@@ -23,6 +33,7 @@ from bitsandbytes.ops.fourbit import (
     decode_4bit,
     dequantize_4bit,
     expand_absmax,
+    packed_bytes,
 )
 
 
@@ -107,12 +118,69 @@ def check_gemm_4bit(
     absmax_offset: torch.Tensor | None = None,
 ) -> None:
     """Check the arguments of ``gemm_4bit``."""
+    if _is_usual(A, B, shapeB, absmax, blocksize, quant_type, bias, absmax_8bit, absmax_code, absmax_offset):
+        return
     op = "gemm_4bit"
     check_weight(op, B, shapeB, absmax, blocksize, quant_type, absmax_8bit, absmax_code, absmax_offset)
     check_float(op, "A", A)
     check_features(op, A, shapeB[1], "input")
     check_bias(op, bias, shapeB[0])
     check_same_device(op, A=A, B=B, absmax=absmax, bias=bias, absmax_8bit=absmax_8bit)
+
+
+def _is_usual(
+    A: torch.Tensor,
+    B: torch.Tensor,
+    shapeB: Sequence[int],
+    absmax: torch.Tensor,
+    blocksize: int,
+    quant_type: str,
+    bias: torch.Tensor | None,
+    absmax_8bit: torch.Tensor | None,
+    absmax_code: torch.Tensor | None,
+    absmax_offset: torch.Tensor | None,
+) -> bool:
+    """Whether a product keeps the contract in the way that most do: bytes, and no bias.
+
+    It says what the checks of ``gemm_4bit`` say, in a third of their time. With a weight that fits the caches they
+    take as long as the product; a compiled model makes hundreds of such calls for each token.
+    """
+    if len(shapeB) != 2 or type(blocksize) is not int or bias is not None:
+        return False
+    (rows, width), device, activations = shapeB, A.device, A.shape
+    elements = rows * width
+    if (
+        not activations
+        or activations[-1] != width
+        or A.dtype not in FLOAT_DTYPES
+        or quant_type not in QUANT_TYPES_4BIT
+        or not 2 <= blocksize <= MAX_BLOCKSIZE
+        or blocksize % 2
+        or rows < 0
+        or width < 0
+        or B.dtype is not torch.uint8
+        or B.numel() != packed_bytes(elements)
+        or B.device != device
+        or absmax.dtype is not torch.float32
+        or absmax.device != device
+    ):
+        return False
+    blocks = block_count(elements, blocksize)
+    if absmax_8bit is None or absmax_code is None or absmax_offset is None:
+        alone = absmax_8bit is absmax_code is absmax_offset is None
+        return alone and absmax.numel() == blocks
+    return (
+        absmax.numel() == block_count(blocks, NESTED_BLOCKSIZE)
+        and absmax_8bit.numel() == blocks
+        and absmax_8bit.dtype is torch.uint8
+        and absmax_8bit.device == device
+        and absmax_code.dtype is torch.float32
+        and 0 < absmax_code.numel() <= 256
+        and absmax_code.device == device
+        and absmax_offset.dtype is torch.float32
+        and absmax_offset.numel() == 1
+        and absmax_offset.device == device
+    )
 
 
 def check_weight(
