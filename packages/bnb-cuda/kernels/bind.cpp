@@ -105,9 +105,9 @@ NB_MODULE(_C, m) {
 
   m.def("int8_quantize_rows", [](int device, Pointer stream, Pointer x, int dtype, int64_t rows, int64_t columns,
                                  float threshold, Pointer codes, Pointer absmax, Pointer flags, Pointer listed,
-                                 Pointer count) {
+                                 Pointer count, bool cleared) {
     int8_quantize_rows(Launch(device, stream), as<const void>(x), dtype, rows, columns, threshold, as<int8_t>(codes),
-                       as<float>(absmax), {as<unsigned>(flags), as<int>(listed), as<int>(count)});
+                       as<float>(absmax), {as<unsigned>(flags), as<int>(listed), as<int>(count)}, cleared);
   });
   m.def("int8_double_quantize", [](int device, Pointer stream, Pointer x, int dtype, int64_t rows, int64_t columns,
                                    float threshold, Pointer row_codes, Pointer column_codes, Pointer row_absmax,
@@ -125,7 +125,7 @@ NB_MODULE(_C, m) {
   // `path` is a value of bnb_cuda.tuning.Int8Path; 0 finishes the integer product `product`.
   m.def("int8_gemm", [](int path, int device, Pointer stream, Pointer product, Pointer a, Pointer b, int64_t m,
                         int64_t n, int64_t k, Pointer a_absmax, Pointer b_absmax, Pointer values, Pointer listed,
-                        Pointer count, Pointer bias, int bias_dtype, Pointer out, int dtype) {
+                        Pointer count, bool cleared, Pointer bias, int bias_dtype, Pointer out, int dtype) {
     const Launch launch(device, stream);
     const Gemm8 p{as<const int8_t>(a),
                   as<const int8_t>(b),
@@ -136,6 +136,7 @@ NB_MODULE(_C, m) {
                   as<const float>(b_absmax),
                   as<const void>(values),
                   {nullptr, as<int>(listed), as<int>(count)},
+                  cleared,
                   as<const void>(bias),
                   bias_dtype,
                   as<void>(out),

@@ -80,16 +80,6 @@ __device__ __forceinline__ void synchronize_some() {
 #endif
 }
 
-// True for one lane of the warp. As the compiler knows that it is one, it keeps what a bulk copy needs in uniform
-// registers; of any other condition it makes a loop over the lanes, with moves between the kinds of registers.
-__device__ __forceinline__ bool is_elected() {
-  unsigned elected = 0;
-#if BNB_BULK_COPIES
-  asm volatile("{\n.reg .pred one;\nelect.sync _|one, 0xffffffff;\nselp.u32 %0, 1, 0, one;\n}\n" : "=r"(elected));
-#endif
-  return elected != 0;
-}
-
 // The pair of values of a byte of codes; `table` is the address of the lane's copy of the table in shared memory.
 // Written out, for the compiler takes four instructions, and instructions are what is scarce after bytes. It may
 // move this beyond barriers: codes must come from loads that follow the barrier after the table is built.
@@ -153,25 +143,22 @@ __global__ void __launch_bounds__(kThreads, 1)
   __syncthreads();
 
   if (warp == kCopyWarp) {
-    if (is_elected()) {
-      RingPlace<kStages> place;
-      for (int stage = (end - first) * segments; stage > 0; --stage) {
-        const int row = (walk.strip + walk.tile) * kRows, rows = min(kRows, n - row);
-        const int bytes = min(kStageColumns, k - walk.segment * kStageColumns) / 2;
-        const uint8_t* from = packed + static_cast<int64_t>(row) * k / 2 + walk.segment * (kStageColumns / 2);
-        wait(drained + place.slot, place.parity ^ 1);
+    RingPlace<kStages> place;
+    for (int stage = (end - first) * segments; stage > 0; --stage) {
+      const int row = (walk.strip + walk.tile) * kRows, rows = min(kRows, n - row);
+      const int bytes = min(kStageColumns, k - walk.segment * kStageColumns) / 2;
+      const uint8_t* from = packed + static_cast<int64_t>(row + lane) * k / 2 + walk.segment * (kStageColumns / 2);
+      wait(drained + place.slot, place.parity ^ 1);
+      if (lane == 0) {
         arrive_expecting(full + place.slot, bytes * rows);
-        // Of rows that the weight does not have, codes are whatever was there.
-#pragma unroll
-        for (int r = 0; r < kRows; ++r) {
-          if (r < rows) {
-            copy_bulk(stage_codes(place.slot) + r * kCodePitch, from + r * static_cast<int64_t>(k) / 2, bytes,
-                      full + place.slot);
-          }
-        }
-        place.advance();
-        walk.advance();
       }
+      __syncwarp();
+      // A lane per row. Of rows that the weight does not have, codes are whatever was there.
+      if (lane < rows) {
+        copy_bulk(stage_codes(place.slot) + lane * kCodePitch, from, bytes, full + place.slot);
+      }
+      place.advance();
+      walk.advance();
     }
     return;
   }
@@ -182,6 +169,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     const int scale_warp = warp - kWarps;
     float* code = reinterpret_cast<float*>(shared + Layout::kNestedCode);
     const Scale scale_of(statistics, code, nested_shift, typename Scale::FillLater{});
+    scale_of.fill(code, scale_warp * kLanes + lane, kScaleThreads);
     typename Scale::Stored raw[2][kRows];
     int part = 0;
     const auto fetch = [&](int slot) {
@@ -212,7 +200,6 @@ __global__ void __launch_bounds__(kThreads, 1)
       fetch(0);
     }
     if (kNested) {
-      scale_of.fill(code, scale_warp * kLanes + lane, kScaleThreads);
       synchronize_some<2, kScaleThreads>();
     }
     while (left > 0) {

@@ -7,7 +7,8 @@
 //
 // The warps that have nothing to copy fetch what a tile needs in the end, while it is multiplied: scales, bias and the
 // outlier columns. These are gathered 16 at a time, and multiplied as 16-bit numbers, in which both values and codes
-// are exact, onto the scaled integers.
+// are exact, onto the scaled integers. Where the integers contain these columns too, what is multiplied of a value is
+// the rest that its code leaves: the value itself for an outlier, whose code is 0, and next to nothing for others.
 #include <type_traits>
 
 #include "clusters.h"
@@ -57,6 +58,7 @@ struct Problem {
   const float* a_absmax;
   const float* b_absmax;
   const void* values;
+  const int8_t* token_codes;  // null if they are 0 in the outlier columns
   const int8_t* codes;
   Outliers outliers;
   const void* bias;
@@ -106,6 +108,10 @@ __device__ __forceinline__ void gather(unsigned char* batch, const Problem& p, i
       for (int i = 0; i < 2; ++i) {
         if (has[i] && first_token + row < p.m) {
           two[i] = values[from + column[i]];
+          if (p.token_codes != nullptr) {
+            const float coded = p.token_codes[from + column[i]] * (p.a_absmax[first_token + row] * (1.0f / 127.0f));
+            two[i] = from_float<T>(to_float(two[i]) - coded);
+          }
         }
       }
     } else {
@@ -213,7 +219,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
 
   if (warp >= kMathWarps) {
-    keep_fewer_registers<56>();
+    keep_fewer_registers<72>();
     if (warp == kMathWarps) {
       if (lane == 0) {
         RingPlace<kStages> place;
@@ -256,7 +262,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       __syncwarp();
     }
   } else {
-    take_more_registers<224>();
+    take_more_registers<216>();
     const int group = threadIdx.x / kGroupThreads, g = lane / 4, t = lane % 4;
     // The tokens and rows of the weight that this group multiplies, within a tile.
     const int group_token = Layout::kSharesTokens ? group * 64 : 0, group_row = Layout::kSharesTokens ? 0 : group * kGroupRows;
@@ -375,8 +381,17 @@ void run(const Launch& launch, const Gemm8& p) {
   constexpr auto kSwizzle = CU_TENSOR_MAP_SWIZZLE_128B;
   const CUtensorMap activations = matrix_map(p.a, kByte, 1, p.m, p.k, kTokens, kStep, kSwizzle);
   const CUtensorMap weight = matrix_map(p.b, kByte, 1, p.n, p.k, Layout::kBoxRows, kStep, kSwizzle);
-  const Problem problem{static_cast<int>(p.m), static_cast<int>(p.n), static_cast<int>(p.k), p.a_absmax, p.b_absmax,
-                        p.values,              p.b,                   p.outliers,            p.bias,     p.bias_dtype};
+  const Problem problem{static_cast<int>(p.m),
+                        static_cast<int>(p.n),
+                        static_cast<int>(p.k),
+                        p.a_absmax,
+                        p.b_absmax,
+                        p.values,
+                        p.cleared ? nullptr : p.a,
+                        p.b,
+                        p.outliers,
+                        p.bias,
+                        p.bias_dtype};
   const int64_t tiles = ceil_div(p.n, kRows) * ceil_div(p.m, kTokens * kCluster);
   const int64_t most = launch.processors() / kCluster;
   launch_clusters(kernel, static_cast<unsigned>((tiles < most ? tiles : most) * kCluster), kThreads, Layout::kBytes,

@@ -39,89 +39,9 @@ __device__ __forceinline__ bool is_flagged(const unsigned* flags, int64_t column
   return (flags[column / 32] >> (column % 32) & 1u) != 0;
 }
 
-// One thread block per row, the row in registers: columns a multiple of 8, at most kVectors * 2048.
-template <class T, int kVectors>
-__global__ void __launch_bounds__(kThreads)
-    quantize_row(const T* __restrict__ x, int columns, float threshold, int8_t* __restrict__ codes,
-                 float* __restrict__ absmax, unsigned* __restrict__ flags) {
-  __shared__ unsigned scratch[kLanes];
-  const int64_t row = blockIdx.x;
-  const T* from = x + row * columns;
-  Vector<T, kPerVector> values[kVectors];
-#pragma unroll
-  for (int v = 0; v < kVectors; ++v) {
-    const int column = (v * kThreads + threadIdx.x) * kPerVector;
-    if (column < columns) {
-      values[v] = load_streaming<T, kPerVector>(from + column);
-    }
-  }
-  unsigned bits = 0;
-#pragma unroll
-  for (int v = 0; v < kVectors; ++v) {
-    const int column = (v * kThreads + threadIdx.x) * kPerVector;
-    if (column < columns) {
-#pragma unroll
-      for (int i = 0; i < kPerVector; ++i) {
-        const float value = to_float(values[v].values[i]);
-        bits = max(bits, inlier_bits(value, threshold));
-        if (threshold > 0.0f && fabsf(value) >= threshold) {
-          flag_column(flags, column + i);
-        }
-      }
-    }
-  }
-  bits = block_max(bits, scratch);
-  const float largest = bnb::float_of(bits), scale = scale_of(largest);
-  if (threadIdx.x == 0) {
-    absmax[row] = largest;
-  }
-#pragma unroll
-  for (int v = 0; v < kVectors; ++v) {
-    const int column = (v * kThreads + threadIdx.x) * kPerVector;
-    if (column < columns) {
-      Vector<int8_t, kPerVector> out;
-#pragma unroll
-      for (int i = 0; i < kPerVector; ++i) {
-        out.values[i] = encode(to_float(values[v].values[i]), largest, scale);
-        if (threshold > 0.0f && fabsf(to_float(values[v].values[i])) >= threshold) {
-          out.values[i] = 0;
-        }
-      }
-      *reinterpret_cast<Vector<int8_t, kPerVector>*>(codes + row * columns + column) = out;
-    }
-  }
-}
-
-// Any number of columns, in two passes.
-template <class T>
-__global__ void __launch_bounds__(kThreads)
-    quantize_row_any(const T* __restrict__ x, int64_t columns, float threshold, int8_t* __restrict__ codes,
-                     float* __restrict__ absmax, unsigned* __restrict__ flags) {
-  __shared__ unsigned scratch[kLanes];
-  const int64_t row = blockIdx.x;
-  const T* from = x + row * columns;
-  unsigned bits = 0;
-  for (int64_t i = threadIdx.x; i < columns; i += kThreads) {
-    const float value = to_float(from[i]);
-    bits = max(bits, inlier_bits(value, threshold));
-    if (threshold > 0.0f && fabsf(value) >= threshold) {
-      flag_column(flags, i);
-    }
-  }
-  bits = block_max(bits, scratch);
-  const float largest = bnb::float_of(bits), scale = scale_of(largest);
-  if (threadIdx.x == 0) {
-    absmax[row] = largest;
-  }
-  for (int64_t i = threadIdx.x; i < columns; i += kThreads) {
-    const float value = to_float(from[i]);
-    codes[row * columns + i] = threshold > 0.0f && fabsf(value) >= threshold ? 0 : encode(value, largest, scale);
-  }
-}
-
-// Turns the flags into an ascending list. The whole thread block calls this.
-__device__ void list_columns(const unsigned* flags, int64_t words, int* __restrict__ columns,
-                             int* __restrict__ count) {
+// Turns flags into an ascending list; `word_of` reads them. The whole thread block calls this.
+template <class WordOf>
+__device__ void list_columns(WordOf&& word_of, int64_t words, int* __restrict__ columns, int* __restrict__ count) {
   __shared__ int ends[32];
   __shared__ int total;
   const int lane = threadIdx.x % kLanes, group = threadIdx.x / kLanes;
@@ -130,7 +50,7 @@ __device__ void list_columns(const unsigned* flags, int64_t words, int* __restri
   }
   for (int64_t base = 0; base < words; base += blockDim.x) {
     const int64_t word = base + threadIdx.x;
-    unsigned bits = word < words ? flags[word] : 0u;
+    unsigned bits = word < words ? word_of(word) : 0u;
     int before = __popc(bits);
     const int own = before;
     for (int step = 1; step < kLanes; step <<= 1) {
@@ -162,30 +82,117 @@ __device__ void list_columns(const unsigned* flags, int64_t words, int* __restri
   }
 }
 
-// Gives the flagged columns code 0, a band of rows per thread block, and lists them.
+// The thread block that is the last to get here lists the columns that all of them have flagged. The word after the
+// flags counts thread blocks.
+__device__ void list_columns_at_last(const Outliers& outliers, int64_t columns) {
+  __shared__ bool is_last;
+  const int64_t words = (columns + 31) / 32;
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    is_last = atomicAdd(outliers.flags + words, 1u) == gridDim.x - 1;
+  }
+  __syncthreads();
+  if (is_last) {
+    __threadfence();
+    list_columns([&](int64_t word) { return __ldcg(outliers.flags + word); }, words, outliers.columns, outliers.count);
+  }
+}
+
+// One thread block per row, the row in registers: columns a multiple of 8, at most kVectors * 2048.
+template <class T, int kVectors>
 __global__ void __launch_bounds__(kThreads)
-    list_and_clear(const Outliers outliers, int8_t* __restrict__ codes, int64_t rows, int64_t columns) {
-  const int64_t words = (columns + 31) / 32, band = (rows + gridDim.x - 1) / gridDim.x;
-  const int64_t begin = blockIdx.x * band, end = begin + band < rows ? begin + band : rows;
-  const int lane = threadIdx.x % kLanes;
-  for (int64_t base = 0; base < words; base += kLanes) {
-    const unsigned own = base + lane < words ? outliers.flags[base + lane] : 0u;
-    unsigned flagged = __ballot_sync(0xffffffffu, own != 0);
-    while (flagged != 0) {
-      const int from = __ffs(static_cast<int>(flagged)) - 1;
-      flagged &= flagged - 1;
-      unsigned bits = shuffle(own, from);
-      while (bits != 0) {
-        const int64_t column = (base + from) * 32 + __ffs(static_cast<int>(bits)) - 1;
-        bits &= bits - 1;
-        for (int64_t row = begin + threadIdx.x; row < end; row += kThreads) {
-          codes[row * columns + column] = 0;
+    quantize_row(const T* __restrict__ x, int columns, float threshold, int8_t* __restrict__ codes,
+                 float* __restrict__ absmax, const Outliers outliers) {
+  __shared__ unsigned scratch[kLanes];
+  const int64_t row = blockIdx.x;
+  const T* from = x + row * columns;
+  Vector<T, kPerVector> values[kVectors];
+#pragma unroll
+  for (int v = 0; v < kVectors; ++v) {
+    const int column = (v * kThreads + threadIdx.x) * kPerVector;
+    if (column < columns) {
+      values[v] = load_streaming<T, kPerVector>(from + column);
+    }
+  }
+  unsigned bits = 0;
+#pragma unroll
+  for (int v = 0; v < kVectors; ++v) {
+    const int column = (v * kThreads + threadIdx.x) * kPerVector;
+    if (column < columns) {
+#pragma unroll
+      for (int i = 0; i < kPerVector; ++i) {
+        const float value = to_float(values[v].values[i]);
+        bits = max(bits, inlier_bits(value, threshold));
+        if (threshold > 0.0f && fabsf(value) >= threshold) {
+          flag_column(outliers.flags, column + i);
         }
       }
     }
   }
-  if (blockIdx.x == 0) {
-    list_columns(outliers.flags, words, outliers.columns, outliers.count);
+  bits = block_max(bits, scratch);
+  const float largest = bnb::float_of(bits), scale = scale_of(largest);
+  if (threadIdx.x == 0) {
+    absmax[row] = largest;
+  }
+#pragma unroll
+  for (int v = 0; v < kVectors; ++v) {
+    const int column = (v * kThreads + threadIdx.x) * kPerVector;
+    if (column < columns) {
+      Vector<int8_t, kPerVector> out;
+#pragma unroll
+      for (int i = 0; i < kPerVector; ++i) {
+        out.values[i] = encode(to_float(values[v].values[i]), largest, scale);
+        if (threshold > 0.0f && fabsf(to_float(values[v].values[i])) >= threshold) {
+          out.values[i] = 0;
+        }
+      }
+      *reinterpret_cast<Vector<int8_t, kPerVector>*>(codes + row * columns + column) = out;
+    }
+  }
+  if (threshold > 0.0f) {
+    list_columns_at_last(outliers, columns);
+  }
+}
+
+// Any number of columns, in two passes.
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    quantize_row_any(const T* __restrict__ x, int64_t columns, float threshold, int8_t* __restrict__ codes,
+                     float* __restrict__ absmax, const Outliers outliers) {
+  __shared__ unsigned scratch[kLanes];
+  const int64_t row = blockIdx.x;
+  const T* from = x + row * columns;
+  unsigned bits = 0;
+  for (int64_t i = threadIdx.x; i < columns; i += kThreads) {
+    const float value = to_float(from[i]);
+    bits = max(bits, inlier_bits(value, threshold));
+    if (threshold > 0.0f && fabsf(value) >= threshold) {
+      flag_column(outliers.flags, i);
+    }
+  }
+  bits = block_max(bits, scratch);
+  const float largest = bnb::float_of(bits), scale = scale_of(largest);
+  if (threadIdx.x == 0) {
+    absmax[row] = largest;
+  }
+  for (int64_t i = threadIdx.x; i < columns; i += kThreads) {
+    const float value = to_float(from[i]);
+    codes[row * columns + i] = threshold > 0.0f && fabsf(value) >= threshold ? 0 : encode(value, largest, scale);
+  }
+  if (threshold > 0.0f) {
+    list_columns_at_last(outliers, columns);
+  }
+}
+
+// Gives the listed columns code 0.
+__global__ void __launch_bounds__(kThreads)
+    clear_columns(int8_t* __restrict__ codes, int64_t rows, int64_t columns, const int* __restrict__ listed,
+                  const int* __restrict__ count) {
+  const int64_t total = rows * *count;
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < total;
+       i += static_cast<int64_t>(gridDim.x) * kThreads) {
+    codes[i % rows * columns + listed[i / rows]] = 0;
   }
 }
 
@@ -193,7 +200,7 @@ constexpr int kFewThreads = 1024;
 constexpr int kFewWarps = kFewThreads / kLanes;
 constexpr int kFewColumns = 16384;
 // Elements beyond which more thread blocks are faster, though each of the steps is a launch then.
-constexpr int64_t kFewElements = 1 << 17;
+constexpr int64_t kFewElements = 1 << 15;
 
 // A few rows with outliers, everything in one thread block, whose warps share the rows. Columns: a multiple of 8.
 template <class T>
@@ -247,7 +254,7 @@ __global__ void __launch_bounds__(kFewThreads)
     }
     *reinterpret_cast<Vector<int8_t, kPerVector>*>(codes + static_cast<int64_t>(row) * columns + column) = out;
   }
-  list_columns(flags, words, outliers.columns, outliers.count);
+  list_columns([&](int64_t word) { return flags[word]; }, words, outliers.columns, outliers.count);
 }
 
 // Values of neighbouring columns of one row; zeros beyond the last column.
@@ -371,13 +378,13 @@ __global__ void __launch_bounds__(kThreads)
 
 template <class T>
 void quantize(const Launch& launch, const T* x, int64_t rows, int64_t columns, float threshold, int8_t* codes,
-              float* absmax, unsigned* flags) {
+              float* absmax, const Outliers& outliers) {
   const unsigned grid = static_cast<unsigned>(rows);
   if (columns % kPerVector == 0 && columns <= 16384) {
     const int vectors = static_cast<int>(ceil_div(columns, kThreads * kPerVector));
     const auto go = [&](auto count) {
       quantize_row<T, decltype(count)::value>
-          <<<grid, kThreads, 0, launch.stream()>>>(x, static_cast<int>(columns), threshold, codes, absmax, flags);
+          <<<grid, kThreads, 0, launch.stream()>>>(x, static_cast<int>(columns), threshold, codes, absmax, outliers);
     };
     switch (vectors) {
       case 1:
@@ -391,16 +398,16 @@ void quantize(const Launch& launch, const T* x, int64_t rows, int64_t columns, f
         return go(std::integral_constant<int, 8>{});
     }
   }
-  quantize_row_any<T><<<grid, kThreads, 0, launch.stream()>>>(x, columns, threshold, codes, absmax, flags);
+  quantize_row_any<T><<<grid, kThreads, 0, launch.stream()>>>(x, columns, threshold, codes, absmax, outliers);
 }
 
 void prepare(const Launch& launch, const Outliers& outliers, int64_t columns) {
-  check(gpuMemsetAsync(outliers.flags, 0, ceil_div(columns, 32) * 4, launch.stream()), "int8 quantization");
+  check(gpuMemsetAsync(outliers.flags, 0, (ceil_div(columns, 32) + 1) * 4, launch.stream()), "int8 quantization");
 }
 
-void finish_outliers(const Launch& launch, const Outliers& outliers, int8_t* codes, int64_t rows, int64_t columns) {
-  list_and_clear<<<launch.grid(ceil_div(rows, kThreads / 4), 4), kThreads, 0, launch.stream()>>>(outliers, codes, rows,
-                                                                                            columns);
+void clear(const Launch& launch, const Outliers& outliers, int8_t* codes, int64_t rows, int64_t columns) {
+  clear_columns<<<launch.grid(ceil_div(rows * 16, kThreads), 4), kThreads, 0, launch.stream()>>>(
+      codes, rows, columns, outliers.columns, outliers.count);
 }
 
 // Whether one thread block takes all rows.
@@ -426,7 +433,7 @@ void quantize_few(const Launch& launch, const void* x, int dtype, int64_t rows, 
 }  // namespace
 
 void int8_quantize_rows(const Launch& launch, const void* x, int dtype, int64_t rows, int64_t columns, float threshold,
-                        int8_t* codes, float* absmax, const Outliers& outliers) {
+                        int8_t* codes, float* absmax, const Outliers& outliers, bool cleared) {
   if (threshold > 0.0f && are_few(rows, columns)) {
     quantize_few(launch, x, dtype, rows, columns, threshold, codes, absmax, outliers);
     check_launch("int8_vectorwise_quant");
@@ -438,11 +445,14 @@ void int8_quantize_rows(const Launch& launch, const void* x, int dtype, int64_t 
   if (rows > 0) {
     with_dtype(dtype, [&](auto type) {
       using T = typename decltype(type)::type;
-      quantize<T>(launch, static_cast<const T*>(x), rows, columns, threshold, codes, absmax, outliers.flags);
+      quantize<T>(launch, static_cast<const T*>(x), rows, columns, threshold, codes, absmax, outliers);
     });
   }
-  if (threshold > 0.0f && columns > 0) {
-    finish_outliers(launch, outliers, codes, rows, columns);
+  if (threshold > 0.0f && rows == 0) {
+    check(gpuMemsetAsync(outliers.count, 0, 4, launch.stream()), "int8 quantization");
+  }
+  if (threshold > 0.0f && cleared && rows > 0 && columns > 0) {
+    clear(launch, outliers, codes, rows, columns);
   }
   check_launch("int8_vectorwise_quant");
 }
@@ -451,7 +461,7 @@ void int8_double_quantize(const Launch& launch, const void* x, int dtype, int64_
                           float threshold, int8_t* row_codes, int8_t* column_codes, float* row_absmax,
                           float* column_absmax, const Outliers& outliers) {
   if (columns == 0) {
-    return int8_quantize_rows(launch, x, dtype, rows, columns, 0.0f, row_codes, row_absmax, outliers);
+    return int8_quantize_rows(launch, x, dtype, rows, columns, 0.0f, row_codes, row_absmax, outliers, true);
   }
   if (threshold > 0.0f) {
     prepare(launch, outliers, columns);
@@ -461,7 +471,7 @@ void int8_double_quantize(const Launch& launch, const void* x, int dtype, int64_
     with_dtype(dtype, [&](auto type) {
       using T = typename decltype(type)::type;
       const T* from = static_cast<const T*>(x);
-      quantize<T>(launch, from, rows, columns, threshold, row_codes, row_absmax, outliers.flags);
+      quantize<T>(launch, from, rows, columns, threshold, row_codes, row_absmax, outliers);
       const int64_t across = ceil_div(columns, kThreads * kPerVector);
       const int64_t bands = ceil_div(static_cast<int64_t>(launch.processors()) * 8, across);
       const dim3 grid(static_cast<unsigned>(across), static_cast<unsigned>(bands < rows ? bands : rows));
@@ -471,8 +481,11 @@ void int8_double_quantize(const Launch& launch, const void* x, int dtype, int64_
           <<<grid, kThreads, 0, launch.stream()>>>(from, rows, columns, threshold, column_absmax, column_codes);
     });
   }
-  if (threshold > 0.0f) {
-    finish_outliers(launch, outliers, row_codes, rows, columns);
+  if (threshold > 0.0f && rows == 0) {
+    check(gpuMemsetAsync(outliers.count, 0, 4, launch.stream()), "int8_double_quant");
+  }
+  if (threshold > 0.0f && rows > 0) {
+    clear(launch, outliers, row_codes, rows, columns);
   }
   check_launch("int8_double_quant");
 }

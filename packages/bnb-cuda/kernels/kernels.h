@@ -67,18 +67,18 @@ void gemm_4bit_wide(const Launch&, const Gemm4&);
 void gemv_4bit(const Launch&, const Gemm4&, const float* code);
 
 // --- int8_quant.cu ---------------------------------------------------------------------------------
-// Outlier columns of a matrix, found on the device. `flags` has one bit per column (ceil(columns / 32)
-// words, zeroed by quantize_rows); `columns` lists the set bits in ascending order, `count` their number.
+// Outlier columns of a matrix, found on the device. `flags` has one bit per column and a word that counts
+// (ceil(columns / 32) + 1 words, zeroed by quantize_rows); `columns` lists the set bits in ascending order, `count` their number.
 struct Outliers {
   unsigned* flags;
   int* columns;
   int* count;
 };
 
-// Codes and absmax per row. With a threshold: outliers do not count, their columns get code 0 and are
-// listed in `outliers` (otherwise null pointers).
+// Codes and absmax per row. With a threshold: outliers do not count, they get code 0, and so do their columns if
+// `cleared`; the columns are listed in `outliers` (otherwise null pointers).
 void int8_quantize_rows(const Launch&, const void* x, int dtype, int64_t rows, int64_t columns, float threshold,
-                        int8_t* codes, float* absmax, const Outliers& outliers);
+                        int8_t* codes, float* absmax, const Outliers& outliers, bool cleared);
 // Codes per row and per column with their absmax, from one pass for the statistics and one for the codes.
 void int8_double_quantize(const Launch&, const void* x, int dtype, int64_t rows, int64_t columns, float threshold,
                           int8_t* row_codes, int8_t* column_codes, float* row_absmax, float* column_absmax,
@@ -97,6 +97,7 @@ struct Gemm8 {
   const float* b_absmax;
   const void* values;  // (m, k) of `dtype`, with outliers
   Outliers outliers;   // null pointers without
+  bool cleared;        // whether `a` has code 0 in the outlier columns; only int8_gemm_groups takes others
   const void* bias;    // n values of `bias_dtype`, or null
   int bias_dtype;
   void* out;  // (m, n)

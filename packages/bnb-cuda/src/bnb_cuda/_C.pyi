@@ -120,6 +120,7 @@ def int8_quantize_rows(
     flags: int,
     listed: int,
     count: int,
+    cleared: bool,
     /,
 ) -> None: ...
 def int8_double_quantize(
@@ -158,6 +159,7 @@ def int8_gemm(
     values: int,
     listed: int,
     count: int,
+    cleared: bool,
     bias: int,
     bias_dtype: int,
     out: int,

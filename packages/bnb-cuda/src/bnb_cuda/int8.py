@@ -33,8 +33,11 @@ class Outliers(NamedTuple):
     number: Tensor
 
 
-def quantize_rows(A: Tensor, threshold: float) -> tuple[Tensor, Tensor, Outliers | None]:
-    """Codes and absmax of rows, and the outlier columns without waiting for them."""
+def quantize_rows(A: Tensor, threshold: float, cleared: bool = True) -> tuple[Tensor, Tensor, Outliers | None]:
+    """Codes and absmax of rows, and the outlier columns without waiting for them.
+
+    ``cleared``: whether the outlier columns get code 0, not just the outliers.
+    """
     rows, width, device = rows_of(A), A.shape[-1], A.device
     codes = empty(A.shape, dtype=torch.int8, device=device)
     absmax = empty(rows, dtype=torch.float32, device=device)
@@ -50,14 +53,20 @@ def quantize_rows(A: Tensor, threshold: float) -> tuple[Tensor, Tensor, Outliers
         codes.data_ptr(),
         absmax.data_ptr(),
         *_outlier_addresses(flags, outliers),
+        cleared,
     )
     return codes, absmax, outliers
+
+
+def flag_words(width: int) -> int:
+    """Words of 32 bits of the flags of so many columns, and one that counts."""
+    return -(-width // 32) + 1
 
 
 def _outlier_buffers(width: int, threshold: float, device: torch.device) -> tuple[Tensor | None, Outliers | None]:
     if threshold <= 0.0:
         return None, None
-    flags = empty(-(-width // 32), dtype=torch.int32, device=device)
+    flags = empty(flag_words(width), dtype=torch.int32, device=device)
     columns = empty(width, dtype=torch.int32, device=device)
     # Without a column there is no kernel that would count.
     count = torch.zeros(1, dtype=torch.int32, device=device) if width == 0 else flags.new_empty(1)
@@ -200,8 +209,10 @@ def int8_mixed_scaled_mm(
 def int8_linear(A: Tensor, CB: Tensor, SCB: Tensor, threshold: float = 0.0, bias: Tensor | None = None) -> Tensor:
     """Native ``int8_linear``: nothing waits for the device, whatever outliers there are."""
     A = plain(A)
-    codes, absmax, outliers = quantize_rows(A, threshold)
-    return scaled_product(codes, CB, absmax, SCB, A if threshold > 0.0 else None, outliers, bias, A.dtype)
+    cleared = plan(rows_of(A), *CB.shape, A.dtype, CB.device.index) is not Int8Path.GROUPS
+    codes, absmax, outliers = quantize_rows(A, threshold, cleared)
+    values = A if threshold > 0.0 else None
+    return scaled_product(codes, CB, absmax, SCB, values, outliers, bias, A.dtype, cleared)
 
 
 @cache
@@ -220,8 +231,12 @@ def scaled_product(
     outliers: Outliers | None,
     bias: Tensor | None,
     dtype: torch.dtype,
+    cleared: bool = True,
 ) -> Tensor:
-    """The scaled product with the correction for outlier columns of ``values``, and a bias."""
+    """The scaled product with the correction for outlier columns of ``values``, and a bias.
+
+    ``cleared``: whether ``A`` has code 0 in these columns.
+    """
     A, B, row_stats, col_stats = plain(A), plain(B), plain(row_stats), plain(col_stats)
     m, n, k = rows_of(A), B.shape[0], B.shape[1]
     device = B.device
@@ -230,7 +245,7 @@ def scaled_product(
         return out
     path = plan(m, n, k, dtype, device.index)
     product = integer_product(A, B) if path is Int8Path.LIBRARY else None
-    _multiply(path.value, out, product, A, B, m, n, k, row_stats, col_stats, values, outliers, bias)
+    _multiply(path.value, out, product, A, B, m, n, k, row_stats, col_stats, values, outliers, bias, cleared)
     return out
 
 
@@ -248,6 +263,7 @@ def _multiply(
     values: Tensor | None,
     outliers: Outliers | None,
     bias: Tensor | None,
+    cleared: bool = True,
 ) -> None:
     bias, device = plain_or_none(bias), out.device.index
     _C.int8_gemm(
@@ -265,6 +281,7 @@ def _multiply(
         address(values),
         0 if outliers is None else outliers.columns.data_ptr(),
         0 if outliers is None else outliers.number.data_ptr(),
+        cleared,
         address(bias),
         dtype_number(bias),
         out.data_ptr(),
@@ -290,7 +307,8 @@ def bind_int8_linear(
     # Sizes that the library takes without a copy of the weight.
     whole = n % LIBRARY_MULTIPLE == 0 and k % LIBRARY_MULTIPLE == 0
     # Room for flags, list and number of the outlier columns.
-    outlier_bytes = (-(-k // 32) + k + 1) * 4 if threshold > 0.0 else 0
+    flag_bytes = flag_words(k) * 4
+    outlier_bytes = flag_bytes + (k + 1) * 4 if threshold > 0.0 else 0
 
     def run(A: Tensor) -> Tensor | None:
         rows, dtype = rows_of(A), A.dtype
@@ -306,10 +324,10 @@ def bind_int8_linear(
         flags = columns = count = 0
         if outlier_bytes:
             flags = absmax + rows * 4
-            columns = flags + -(-k // 32) * 4
+            columns = flags + flag_bytes
             count = columns + k * 4
-        where = (index, stream(index))
-        quantize(*where, values, number, rows, k, threshold, codes, absmax, flags, columns, count)
+        where, cleared = (index, stream(index)), path is not Int8Path.GROUPS
+        quantize(*where, values, number, rows, k, threshold, codes, absmax, flags, columns, count, cleared)
         product = 0
         if library and stored is not None:
             with torch._C.DisableTorchFunctionSubclass():
@@ -329,6 +347,7 @@ def bind_int8_linear(
             values if outlier_bytes else 0,
             columns,
             count,
+            cleared,
             bias_address,
             bias_dtype,
             out.data_ptr(),
