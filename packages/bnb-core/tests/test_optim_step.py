@@ -660,6 +660,35 @@ def test_paged_states_are_fetched_ahead(monkeypatch: pytest.MonkeyPatch) -> None
         paging.set_pager("cpu", None)
 
 
+class KnowingPager(RecordingPager):
+    """A pager that can tell where its memory is."""
+
+    resident = True
+
+    def is_resident(self, device: torch.device) -> bool:
+        self.diary.append(f"is_resident {device.type}")
+        return self.resident
+
+
+def test_paged_states_that_are_there_are_not_fetched() -> None:
+    pager = KnowingPager()
+    paging.set_pager("cpu", lambda: pager)
+    try:
+        params, others = [parameter(100_000)], [parameter(100_000)]
+        optimizer, plain = optim.PagedAdamW8bit(params), optim.AdamW8bit(others)
+        for resident in (True, True, False, True, True, True):
+            pager.resident = resident
+            pager.diary.clear()
+            optimizer.step()
+            plain.step()
+            fetched = pager.diary.count("prefetch (100000,)")
+            assert fetched == (0 if resident else 2)
+            assert torch.equal(params[0], others[0])
+    finally:
+        paging.set_pager("cpu", None)
+    assert paging.is_resident(torch.device("cpu"))
+
+
 # --- with the rest of torch -------------------------------------------------------------------------
 
 

@@ -10,6 +10,7 @@ import torch
 
 from bitsandbytes import optim
 from bitsandbytes.backends.bound import EXCHANGE
+from bnb_cuda.paging import Residence
 
 pytestmark = pytest.mark.gpu
 
@@ -270,8 +271,11 @@ def test_states_that_are_taken_away_are_seen() -> None:
 # --- paging ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("resident", [True, False])
 @pytest.mark.parametrize("name", ["AdamW8bit", "AdamW32bit", "Lion8bit"])
-def test_paged_equals_plain(name: str) -> None:
+def test_paged_equals_plain(name: str, resident: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bnb_cuda.paging.ManagedPager.is_resident", lambda pager, device: resident)
+    monkeypatch.setattr("bitsandbytes.optim.engine.PAGED_PORTION", 400_000)
     sizes = (300_000, 8192, 1_500_001)
     params, others = parameters(sizes), parameters(sizes)
     ours, plain = getattr(optim, f"Paged{name}")(params), getattr(optim, name)(others)
@@ -281,6 +285,20 @@ def test_paged_equals_plain(name: str) -> None:
         ours.step()
         plain.step()
     assert_same(ours, plain)
+
+
+def test_residence_is_doubted_after_the_device_was_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    free = 50
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 100))
+    monkeypatch.setattr("bnb_cuda.paging.STEPS_BETWEEN_LOOKS", 2)
+    residence = Residence()
+    assert [residence.holds(0) for _ in range(4)] == [True] * 4
+    free = 1
+    assert [residence.holds(0) for _ in range(2)] == [False] * 2
+    free = 50
+    assert [residence.holds(0) for _ in range(3)] == [False, True, True]
+    residence.forget()
+    assert [residence.holds(0) for _ in range(2)] == [False, True]
 
 
 def test_paged_states_exceed_a_limit() -> None:

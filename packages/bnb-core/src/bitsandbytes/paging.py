@@ -15,7 +15,10 @@ import torch
 
 
 class Pager(Protocol):
-    """What a backend with pageable memory provides."""
+    """What a backend with pageable memory provides.
+
+    A pager that knows more may also have ``is_resident(device) -> bool``; see :func:`is_resident`.
+    """
 
     def allocate(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """An uninitialised, contiguous tensor that kernels on ``device`` can read and write."""
@@ -64,6 +67,17 @@ def prefetch(tensor: torch.Tensor, *, to_cpu: bool = False) -> None:
         pager = _pager(tensor.device)
         if pager is not None:
             pager.prefetch(tensor, to_cpu)
+
+
+def is_resident(device: torch.device) -> bool:
+    """Whether the paged memory of a device lies there now, as far as its pager knows, so that fetching it is idle.
+
+    Memory that is elsewhere all the same comes when it is used, later than if it had been fetched ahead. A pager
+    that cannot tell has everything fetched.
+    """
+    pager = _pager(device)
+    knows = getattr(pager, "is_resident", None)
+    return pager is None or (knows is not None and bool(knows(device)))
 
 
 def is_pageable(device: torch.device) -> bool:

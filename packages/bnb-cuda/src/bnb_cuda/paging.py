@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
+from collections import defaultdict
 from collections.abc import Sequence
 
 import torch
@@ -24,8 +25,44 @@ class ManagedMemory:
         weakref.finalize(self, _C.free_managed, address)
 
 
+#: A device with less of its memory free than this share may have moved pages to the host.
+LEAST_FREE = 0.02
+#: Steps between two looks at the free memory, which the driver takes its time for.
+STEPS_BETWEEN_LOOKS = 16
+
+
+class Residence:
+    """What is known of a device: whether its managed memory can lie elsewhere."""
+
+    def __init__(self) -> None:
+        self._steps_left = 0
+        self._has_room = True
+        self._may_be_away = False
+
+    def forget(self) -> None:
+        """Memory has been sent away."""
+        self._may_be_away = True
+
+    def holds(self, device: int) -> bool:
+        """Whether nothing can have been moved away since everything was fetched."""
+        if self._steps_left == 0:
+            self._steps_left = STEPS_BETWEEN_LOOKS
+            free, total = torch.cuda.mem_get_info(device)
+            self._has_room = free >= total * LEAST_FREE
+        self._steps_left -= 1
+        if not self._has_room:
+            self._may_be_away = True
+            return False
+        # One more fetch brings back what left while there was no room.
+        was_away, self._may_be_away = self._may_be_away, False
+        return not was_away
+
+
 class ManagedPager:
     """Allocates managed memory and moves it ahead of its use."""
+
+    def __init__(self) -> None:
+        self._residences: defaultdict[int, Residence] = defaultdict(Residence)
 
     def allocate(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """An uninitialised tensor that kernels on ``device`` can read and write."""
@@ -42,3 +79,13 @@ class ManagedPager:
         if tensor.numel():
             device = tensor.device.index
             _C.prefetch_managed(device, stream_of(device), tensor.data_ptr(), tensor.nbytes, to_cpu)
+            if to_cpu:
+                self._residences[device].forget()
+
+    def is_resident(self, device: torch.device) -> bool:
+        """See :func:`bitsandbytes.paging.is_resident`.
+
+        Managed memory leaves a device only when that has no room, which other users of it can also cause.
+        """
+        index = torch.cuda.current_device() if device.index is None else device.index
+        return self._residences[index].holds(index)

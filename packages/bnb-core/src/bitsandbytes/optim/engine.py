@@ -116,11 +116,11 @@ class Batch:
         """Make one step of all parameters."""
         uniform = self.count_step()
         prepared, self.prepared, self.mixed = self.prepared and uniform, False, not uniform
-        if prepared:
+        if self.paged and not paging.is_resident(self.device):
+            self._run_in_portions(gradients)
+        elif prepared:
             numbers = self._numbers(self.states, range(len(self.params)))
             self.bound.run(self._op(self.states[0]), self.params, self.states[0], numbers)
-        elif self.paged:
-            self._run_in_portions(gradients)
         else:
             self._call(gradients, range(len(self.params)))
         self.repeated = True
@@ -192,7 +192,7 @@ class Batch:
         call(self.rule, grads, params, *_stored(states, eight, two), *numbers)
         for parameter, copy in copies:
             parameter.copy_(copy)
-        if self.repeated and not (self.paged or self.sharded or copies or self.dtype not in FLOAT_DTYPES):
+        if self.repeated and whole and not (self.sharded or copies or self.dtype not in FLOAT_DTYPES):
             self.bound.bind(op.name, self.rule, grads, params, states)
 
     @staticmethod
