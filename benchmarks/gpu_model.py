@@ -3,11 +3,12 @@
 The weights are random and there are 16 layers; the model runs through transformers. Run once per library, with
 PYTHONPATH choosing it, on the same machine::
 
-    python benchmarks/gpu_model.py ours --json ours.json
+    python benchmarks/gpu_model.py ours --compiled --json ours.json
     PYTHONPATH=/folder/of/other python benchmarks/gpu_model.py upstream --json upstream.json
 
-Decoding is in tokens per second over the batch, eager; prefill of 2048 tokens and a step of QLoRA (rank 16, 4 x 1024
-tokens, checkpointing) in milliseconds on the clock.
+Decoding is in tokens per second over the batch: eager with ``generate``, replayed as one CUDA graph of a step with a
+static cache, and with ``--compiled`` also with the compiled forward. Prefill of 2048 tokens and a step of QLoRA (rank
+16, 4 x 1024 tokens, checkpointing) are in milliseconds on the clock.
 """
 
 from __future__ import annotations
@@ -20,11 +21,13 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
 LAYERS = 16
+PROMPT = 16
 NEW_TOKENS = 48
 
 
@@ -92,11 +95,86 @@ def on_clock(call: Callable[[], object], repeats: int) -> float:
     return statistics.median(spent)
 
 
+class StaticDecoding:
+    """Greedy decoding with a static cache, a step of which a graph can replay."""
+
+    def __init__(self, model: LlamaForCausalLM, batch: int, forward: Callable[..., Any] | None = None) -> None:
+        self.forward = model if forward is None else forward
+        self.cache = StaticCache(config=model.config, max_cache_len=PROMPT + NEW_TOKENS + 64)
+        self.token = torch.zeros(batch, 1, dtype=torch.long, device="cuda")
+        self.position = torch.zeros(1, dtype=torch.long, device="cuda")
+        self.prompt = torch.randint(0, 32000, (batch, PROMPT), device="cuda")
+        self.model = model
+        self.rewind()
+
+    def rewind(self) -> None:
+        """Back to the end of the prompt."""
+        self.cache.reset()
+        places = torch.arange(PROMPT, device="cuda")
+        self.model(self.prompt, past_key_values=self.cache, cache_position=places, position_ids=places[None])
+        self.position.fill_(PROMPT)
+        self.token.fill_(1)
+
+    def step(self) -> None:
+        """One token of each sequence."""
+        logits = self.forward(
+            self.token,
+            past_key_values=self.cache,
+            cache_position=self.position,
+            position_ids=self.position[None],
+        ).logits
+        self.token.copy_(logits[:, -1:].argmax(-1))
+        self.position.add_(1)
+
+    def captured(self) -> Callable[[], None]:
+        """The step as a graph."""
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                self.step()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self.step()
+        return graph.replay
+
+    def rate(self, step: Callable[[], None]) -> float:
+        """Tokens per second over the batch."""
+        spent = []
+        for _ in range(5):
+            self.rewind()
+            torch.cuda.synchronize()
+            begin = time.perf_counter()
+            for _ in range(NEW_TOKENS):
+                step()
+            torch.cuda.synchronize()
+            spent.append(time.perf_counter() - begin)
+        return len(self.token) * NEW_TOKENS / statistics.median(spent)
+
+
+def static_decoding(model: LlamaForCausalLM) -> Iterator[tuple[str, float]]:
+    """Decoding without the host's part."""
+    with torch.inference_mode():
+        for batch in (1, 8, 32):
+            decoding = StaticDecoding(model, batch)
+            yield f"decode batch {batch} in a graph, tokens/s", decoding.rate(decoding.captured())
+
+
+def compiled_decoding(model: LlamaForCausalLM) -> Iterator[tuple[str, float]]:
+    """Decoding with the compiled forward, whole, with its graphs."""
+    with torch.no_grad():
+        decoding = StaticDecoding(model, 1, torch.compile(model, mode="reduce-overhead", fullgraph=True))
+        for _ in range(3):
+            decoding.step()
+        yield "decode batch 1 compiled, tokens/s", decoding.rate(decoding.step)
+
+
 def inference(model: LlamaForCausalLM) -> Iterator[tuple[str, float]]:
     """Decoding and prefill."""
     with torch.inference_mode():
         for batch in (1, 8, 32):
-            ids = torch.randint(0, 32000, (batch, 16), device="cuda")
+            ids = torch.randint(0, 32000, (batch, PROMPT), device="cuda")
             lengths = {"min_new_tokens": NEW_TOKENS, "max_new_tokens": NEW_TOKENS, "do_sample": False}
             spent = on_clock(lambda ids=ids, lengths=lengths: model.generate(ids, pad_token_id=0, **lengths), 3)
             yield f"decode batch {batch}, tokens/s", batch * NEW_TOKENS / spent * 1e3
@@ -127,6 +205,8 @@ def qlora(model: LlamaForCausalLM) -> Iterator[tuple[str, float]]:
     torch.cuda.reset_peak_memory_stats()
     yield "QLoRA step 4 x 1024, ms", on_clock(step, 3)
     yield "its peak memory, GiB", torch.cuda.max_memory_allocated() / 2**30
+    adapted(ids, labels=ids).loss.backward()
+    yield "its optimizer, ms", on_clock(optimizer.step, 5)
 
 
 def main() -> None:
@@ -134,6 +214,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("label", help="name of the library in the output")
     parser.add_argument("kinds", nargs="*", help="bf16, 'nf4', 'nf4 nested', 'int8 0', 'int8 6'; all without")
+    parser.add_argument("--compiled", action="store_true", help="also the compiled forward, which takes its time")
     parser.add_argument("--json", type=Path, help="file for the rows")
     chosen = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -144,7 +225,11 @@ def main() -> None:
             quantize(model, kind)
         gc.collect()
         torch.cuda.empty_cache()
-        groups = (inference, qlora) if kind == "nf4 nested" else (inference,)
+        groups = [inference, static_decoding]
+        if chosen.compiled:
+            groups.append(compiled_decoding)
+        if kind == "nf4 nested":
+            groups.append(qlora)
         for group in groups:
             for name, value in group(model):
                 rows.append({"library": chosen.label, "kind": kind, "case": name, "value": value})
