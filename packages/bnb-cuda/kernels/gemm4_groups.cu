@@ -327,8 +327,8 @@ __global__ void __launch_bounds__(Shape<kTokens>::kThreads, 1)
 #pragma unroll
         for (int s = 0; s < kMostSplit; ++s) {
           if (s < splits) {
-            parts[s] = *reinterpret_cast<const float4*>(cluster.map_shared_rank(total, s) +
-                                                        token * Layout::kSumPitch + row);
+            parts[s] =
+                *reinterpret_cast<const float4*>(cluster.map_shared_rank(total, s) + token * Layout::kSumPitch + row);
           }
         }
         float sum[4] = {};

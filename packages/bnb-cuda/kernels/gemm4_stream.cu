@@ -258,7 +258,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   float sums[kStripTiles][kTokenTiles][4] = {};
   // Chunks that are multiplied together, each with two sums: short chains of products, much to overlap.
   constexpr int kTogether = kTokenTiles == 1 ? 2 : 1, kChains = kTokenTiles == 1 ? 2 : 1;
-  const auto multiply = [&](float(&sum)[kTokenTiles][4], int slot, int chunk, const Right* right) {
+  const auto multiply = [&](float (&sum)[kTokenTiles][4], int slot, int chunk, const Right* right) {
     const unsigned char* from = stage_codes(slot) + g * kCodePitch + chunk * (kChunk / 2) + t * kLaneBytes;
     const float* scales = stage_scales(slot) + g * Layout::kScalePitch + chunk;
     Codes<kChunk> codes[kTogether][2];

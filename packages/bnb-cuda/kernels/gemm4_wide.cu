@@ -264,8 +264,8 @@ void run(const Launch& launch, const Gemm4& p) {
   const auto kernel = gemm4_wide<T, kType, kNested>;
   static SharedMemoryLimit limit;
   limit.raise(launch, reinterpret_cast<const void*>(kernel), kSharedBytes);
-  const CUtensorMap activations = matrix_map(p.a, tensor_map_type<T>(), 2, p.m, p.k, kTokens / kCluster, kChunk,
-                                             CU_TENSOR_MAP_SWIZZLE_128B);
+  const CUtensorMap activations =
+      matrix_map(p.a, tensor_map_type<T>(), 2, p.m, p.k, kTokens / kCluster, kChunk, CU_TENSOR_MAP_SWIZZLE_128B);
   const CUtensorMap weight = matrix_map(p.packed, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, p.n, p.k / 2, kRows, kCodePitch,
                                         CU_TENSOR_MAP_SWIZZLE_32B);
   const Problem problem{static_cast<int>(p.m),

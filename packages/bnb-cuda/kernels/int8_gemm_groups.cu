@@ -243,7 +243,8 @@ __global__ void __launch_bounds__(kThreads, 1)
       }
       __syncwarp();
     } else {
-      const int count = kOutliers ? *p.outliers.count : 0, thread = static_cast<int>(threadIdx.x) - kMathThreads - kLanes;
+      const int count = kOutliers ? *p.outliers.count : 0,
+                thread = static_cast<int>(threadIdx.x) - kMathThreads - kLanes;
       RingPlace<kSlots> place, batch_place;
       for (int tile = first_tile; tile < tiles; tile += stride) {
         wait(read + place.slot, place.parity ^ 1);
@@ -265,7 +266,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     take_more_registers<216>();
     const int group = threadIdx.x / kGroupThreads, g = lane / 4, t = lane % 4;
     // The tokens and rows of the weight that this group multiplies, within a tile.
-    const int group_token = Layout::kSharesTokens ? group * 64 : 0, group_row = Layout::kSharesTokens ? 0 : group * kGroupRows;
+    const int group_token = Layout::kSharesTokens ? group * 64 : 0,
+              group_row = Layout::kSharesTokens ? 0 : group * kGroupRows;
     const int own_token = group_token + warp % 4 * 16 + g;
     const int count = kOutliers ? *p.outliers.count : 0;
     RingPlace<kStages> place;

@@ -37,9 +37,9 @@ inline CUtensorMap matrix_map(const void* data, CUtensorMapDataType type, int el
   const cuuint64_t stride[1] = {static_cast<cuuint64_t>(columns) * element_bytes};
   const cuuint32_t box[2] = {static_cast<cuuint32_t>(box_columns), static_cast<cuuint32_t>(box_rows)};
   const cuuint32_t steps[2] = {1, 1};
-  const CUresult status = tensor_map_encoder()(
-      &map, type, 2, const_cast<void*>(data), sizes, stride, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle,
-      CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const CUresult status = tensor_map_encoder()(&map, type, 2, const_cast<void*>(data), sizes, stride, box, steps,
+                                               CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle,
+                                               CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (status != CUDA_SUCCESS) {
     throw std::runtime_error("bnb-cuda: the driver refused to describe a matrix, error " + std::to_string(status));
   }
@@ -59,8 +59,8 @@ __device__ __forceinline__ void copy_box(void* to, const CUtensorMap& map, int c
 
 // The same into the shared memory of all thread blocks of the cluster that are in `ranks`, at the same place, where
 // their barriers at the same place count the bytes.
-__device__ __forceinline__ void copy_box_to(unsigned short ranks, void* to, const CUtensorMap& map, int column,
-                                            int row, uint64_t* barrier) {
+__device__ __forceinline__ void copy_box_to(unsigned short ranks, void* to, const CUtensorMap& map, int column, int row,
+                                            uint64_t* barrier) {
 #if BNB_BULK_COPIES
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%2, "
