@@ -23,12 +23,12 @@ __device__ __forceinline__ void release_stage(uint64_t* drained, int lane) {
   }
 }
 
-// Launches a grid of `blocks` thread blocks in clusters of `cluster`.
+// Launches a grid in clusters of `cluster` neighbours along its first dimension.
 template <class... Parameters, class... Arguments>
-void launch_clusters(void (*kernel)(Parameters...), unsigned blocks, int threads, int shared_bytes, int cluster,
+void launch_clusters(void (*kernel)(Parameters...), dim3 grid, int threads, int shared_bytes, int cluster,
                      const Launch& launch, const char* what, Arguments&&... arguments) {
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(blocks);
+  config.gridDim = grid;
   config.blockDim = dim3(threads);
   config.dynamicSmemBytes = shared_bytes;
   config.stream = launch.stream();

@@ -373,9 +373,9 @@ void run(const Launch& launch, const Gemm4& p, int split) {
                         p.bias,
                         p.bias_dtype};
   const int64_t tiles = ceil_div(p.n, kRows) * ceil_div(p.m, kTokens);
-  launch_clusters(kernel, split > 1 ? static_cast<unsigned>(tiles * split) : launch.grid(tiles, 1), Layout::kThreads,
-                  Layout::kBytes, split, launch, "gemm_4bit", activations, weight, problem, p.statistics,
-                  static_cast<T*>(p.out));
+  launch_clusters(kernel, dim3(split > 1 ? static_cast<unsigned>(tiles * split) : launch.grid(tiles, 1)),
+                  Layout::kThreads, Layout::kBytes, split, launch, "gemm_4bit", activations, weight, problem,
+                  p.statistics, static_cast<T*>(p.out));
 }
 
 }  // namespace

@@ -7,6 +7,7 @@
 // shared memory.
 #include <type_traits>
 
+#include "clusters.h"
 #include "copies.h"
 #include "gemm4.h"
 
@@ -248,19 +249,9 @@ void run(const Launch& launch, const Gemm4& p, int split) {
   };
 #ifndef BNB_HIP
   if (split > 1) {
-    cudaLaunchConfig_t config = {};
-    config.gridDim = grid;
-    config.blockDim = dim3(kThreads);
-    config.dynamicSmemBytes = kShared;
-    config.stream = launch.stream();
-    cudaLaunchAttribute attribute = {};
-    attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim.x = split;
-    attribute.val.clusterDim.y = 1;
-    attribute.val.clusterDim.z = 1;
-    config.attrs = &attribute;
-    config.numAttrs = 1;
-    arguments([&](auto... values) { check(cudaLaunchKernelEx(&config, kernel, values...), "gemm_4bit"); });
+    arguments([&](auto... values) {
+      launch_clusters(kernel, grid, kThreads, kShared, split, launch, "gemm_4bit", values...);
+    });
     return;
   }
 #endif

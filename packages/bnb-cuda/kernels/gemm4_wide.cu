@@ -277,7 +277,7 @@ void run(const Launch& launch, const Gemm4& p) {
                         p.bias_dtype};
   const int64_t tiles = ceil_div(p.n, kRows * kCluster) * ceil_div(p.m, kTokens);
   const int64_t most = launch.processors() / kCluster;
-  launch_clusters(kernel, static_cast<unsigned>((tiles < most ? tiles : most) * kCluster), kThreads, kSharedBytes,
+  launch_clusters(kernel, dim3(static_cast<unsigned>((tiles < most ? tiles : most) * kCluster)), kThreads, kSharedBytes,
                   kCluster, launch, "gemm_4bit", activations, weight, problem, p.statistics, static_cast<T*>(p.out));
 }
 

@@ -396,8 +396,9 @@ void run(const Launch& launch, const Gemm8& p) {
                         p.bias_dtype};
   const int64_t tiles = ceil_div(p.n, kRows) * ceil_div(p.m, kTokens * kCluster);
   const int64_t most = launch.processors() / kCluster;
-  launch_clusters(kernel, static_cast<unsigned>((tiles < most ? tiles : most) * kCluster), kThreads, Layout::kBytes,
-                  kCluster, launch, "int8_linear", activations, weight, problem, static_cast<T*>(p.out));
+  launch_clusters(kernel, dim3(static_cast<unsigned>((tiles < most ? tiles : most) * kCluster)), kThreads,
+                  Layout::kBytes, kCluster, launch, "int8_linear", activations, weight, problem,
+                  static_cast<T*>(p.out));
 }
 
 // A tile that the kernel is built for, and what it costs: bytes per column are brought at the rate of 40 per cycle,

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.gpu
 #: Relative error of a result rounded to the dtype, in the norm: half a unit in the last place is 2^-9 of a
 #: bfloat16 at most; the codebook, rounded to the same dtype, adds as much.
 TOLERANCE = {torch.bfloat16: 4e-3, torch.float16: 6e-4, torch.float32: 2e-6}
-SIZES = [(16, 64), (77, 2048), (130, 14336), (257, 320), (1000, 192), (4096, 4096), (4100, 1088)]
+SIZES = [(16, 64), (77, 2048), (130, 14336), (257, 320), (1000, 192), (4096, 4096), (4100, 1088), (8461, 704)]
 ROWS = (1, 3, 8, 9, 16, 17, 31, 33, 64, 65, 128, 190, 300)
 
 
