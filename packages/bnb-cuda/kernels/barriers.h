@@ -12,6 +12,16 @@
 
 namespace bnb_gpu {
 
+// Shared memory that a thread block may take for a ring and what goes with it, where it fills one with bulk copies.
+constexpr int kSharedLimit = 226 * 1024;
+
+// Has some of the warps wait for each other; barrier 0 is that of all of them.
+__device__ __forceinline__ void synchronize_some(int barrier, int threads) {
+#if BNB_BULK_COPIES
+  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+#endif
+}
+
 __device__ __forceinline__ unsigned shared_address(const void* pointer) {
   return static_cast<unsigned>(__cvta_generic_to_shared(pointer));
 }

@@ -23,6 +23,12 @@ __device__ __forceinline__ void release_stage(uint64_t* drained, int lane) {
   }
 }
 
+// A persistent grid of clusters that take tiles in turn, at most one thread block on each multiprocessor.
+inline dim3 cluster_grid(const Launch& launch, int64_t tiles, int cluster) {
+  const int64_t most = launch.processors() / cluster;
+  return dim3(static_cast<unsigned>((tiles < most ? tiles : most) * cluster));
+}
+
 // Launches a grid in clusters of `cluster` neighbours along its first dimension.
 template <class... Parameters, class... Arguments>
 void launch_clusters(void (*kernel)(Parameters...), dim3 grid, int threads, int shared_bytes, int cluster,

@@ -108,17 +108,11 @@ struct BlockScale {
 
   // `shared` has room for 256 values. All threads call this; the caller synchronises afterwards.
   __device__ BlockScale(const Statistics& given, float* shared, int shift)
-      : BlockScale(given, shared, shift, FillLater{}) {
-    fill(shared, threadIdx.x, blockDim.x);
-  }
+      : BlockScale(given, shared, shift, threadIdx.x, blockDim.x) {}
 
-  // The same without waiting for the codebook: `fill` comes before the first `value`.
-  struct FillLater {};
-  __device__ BlockScale(const Statistics& given, const float* shared, int shift, FillLater)
-      : statistics(given), code(shared), offset(kNested ? *given.offset : 0.0f), nested_shift(shift) {}
-
-  // Puts the codebook into `shared`; one of `threads` threads that call this.
-  __device__ void fill(float* shared, int thread, int threads) const {
+  // The same where only `threads` threads call it, of which this one is `thread`.
+  __device__ BlockScale(const Statistics& given, float* shared, int shift, int thread, int threads)
+      : statistics(given), code(shared), offset(kNested ? *given.offset : 0.0f), nested_shift(shift) {
     if (kNested) {
       for (int i = thread; i < 256; i += threads) {
         shared[i] = statistics.code[i < statistics.code_size ? i : statistics.code_size - 1];

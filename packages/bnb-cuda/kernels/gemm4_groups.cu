@@ -21,14 +21,12 @@ namespace bnb_gpu {
 namespace {
 
 constexpr int kRowGroups = 2;
-constexpr int kGroupThreads = 4 * kLanes;
 constexpr int kRows = 64 * kRowGroups;
 constexpr int kChunk = 64;
 constexpr int kHalf = kChunk / 2;
 constexpr int kStep = 2 * kChunk;  // columns of a stage
 constexpr int kCodePitch = kStep / 2;
 constexpr int kCodeBytes = kRows * kCodePitch;
-constexpr int kSharedLimit = 226 * 1024;
 constexpr int kMostSplit = 8;  // thread blocks of a cluster
 
 template <int kTokens>

@@ -26,7 +26,6 @@ constexpr int kStageColumns = 2048;
 constexpr int kCodePitch = kStageColumns / 2 + 32;
 // Rows of a token's partial sums; neighbouring tokens lie in other banks.
 constexpr int kSumPitch = kStripTiles * kRows + 4;
-constexpr int kSharedLimit = 226 * 1024;
 constexpr int kMostStages = 8;
 
 template <int kChunk, int kTokenTiles>
@@ -71,14 +70,6 @@ template <int kChunk, int kTokenTiles>
 struct Activations {
   unsigned words[kTokenTiles][kChunk / 8];
 };
-
-// A barrier of some warps of the thread block; `kNumber` is not 0, which all of them use.
-template <int kNumber, int kCount>
-__device__ __forceinline__ void synchronize_some() {
-#if BNB_BULK_COPIES
-  asm volatile("bar.sync %0, %1;" ::"n"(kNumber), "n"(kCount) : "memory");
-#endif
-}
 
 // The pair of values of a byte of codes; `table` is the address of the lane's copy of the table in shared memory.
 // Written out, for the compiler takes four instructions, and instructions are what is scarce after bytes. It may
@@ -168,8 +159,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     using Scale = BlockScale<kNested, true>;
     const int scale_warp = warp - kWarps;
     float* code = reinterpret_cast<float*>(shared + Layout::kNestedCode);
-    const Scale scale_of(statistics, code, nested_shift, typename Scale::FillLater{});
-    scale_of.fill(code, scale_warp * kLanes + lane, kScaleThreads);
+    const Scale scale_of(statistics, code, nested_shift, scale_warp * kLanes + lane, kScaleThreads);
     typename Scale::Stored raw[2][kRows];
     int part = 0;
     const auto fetch = [&](int slot) {
@@ -200,7 +190,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       fetch(0);
     }
     if (kNested) {
-      synchronize_some<2, kScaleThreads>();
+      synchronize_some(2, kScaleThreads);
     }
     while (left > 0) {
 #pragma unroll
@@ -304,7 +294,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   const auto finish_strip = [&](int strip, int width) {
     if (strip != first) {
       // Until all have read those of the strip before.
-      synchronize_some<1, kMathThreads>();
+      synchronize_some(1, kMathThreads);
     }
 #pragma unroll
     for (int r = 0; r < kStripTiles; ++r) {
@@ -320,7 +310,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         }
       }
     }
-    synchronize_some<1, kMathThreads>();
+    synchronize_some(1, kMathThreads);
     constexpr int kCells = kStripTiles * kRows;  // of a token
 #pragma unroll 1
     for (int cell = threadIdx.x; cell < kCells * m; cell += kMathThreads) {
@@ -338,7 +328,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 
   load_activations(0);
   build_pair_table<T, kType>(reinterpret_cast<unsigned*>(shared));
-  synchronize_some<1, kMathThreads>();
+  synchronize_some(1, kMathThreads);
   RingPlace<kStages> place;
   for (int strip = first; strip < end; strip += kStripTiles) {
     const int width = min(kStripTiles, end - strip);

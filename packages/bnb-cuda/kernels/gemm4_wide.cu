@@ -18,7 +18,6 @@
 namespace bnb_gpu {
 namespace {
 
-constexpr int kGroupThreads = 4 * kLanes;
 constexpr int kMathThreads = 2 * kGroupThreads;
 constexpr int kMathWarps = kMathThreads / kLanes;
 constexpr int kThreads = kMathThreads + kGroupThreads;
@@ -37,7 +36,7 @@ constexpr int kTable = kStages * kStageBytes;
 constexpr int kNestedCode = kTable + 256 * kCopies * 8;
 constexpr int kBarriers = kNestedCode + 256 * 4;
 constexpr int kSharedBytes = kBarriers + 256;
-static_assert(kSharedBytes <= 227 * 1024, "more shared memory than a thread block can have");
+static_assert(kSharedBytes <= kSharedLimit, "more shared memory than a thread block can have");
 
 struct Problem {
   int m, n, k;
@@ -276,9 +275,8 @@ void run(const Launch& launch, const Gemm4& p) {
                         p.bias,
                         p.bias_dtype};
   const int64_t tiles = ceil_div(p.n, kRows * kCluster) * ceil_div(p.m, kTokens);
-  const int64_t most = launch.processors() / kCluster;
-  launch_clusters(kernel, dim3(static_cast<unsigned>((tiles < most ? tiles : most) * kCluster)), kThreads, kSharedBytes,
-                  kCluster, launch, "gemm_4bit", activations, weight, problem, p.statistics, static_cast<T*>(p.out));
+  launch_clusters(kernel, cluster_grid(launch, tiles, kCluster), kThreads, kSharedBytes, kCluster, launch, "gemm_4bit",
+                  activations, weight, problem, p.statistics, static_cast<T*>(p.out));
 }
 
 }  // namespace

@@ -22,7 +22,6 @@
 namespace bnb_gpu {
 namespace {
 
-constexpr int kGroupThreads = 4 * kLanes;
 constexpr int kGroups = 2;
 constexpr int kMathThreads = kGroups * kGroupThreads;
 constexpr int kMathWarps = kMathThreads / kLanes;
@@ -32,7 +31,6 @@ constexpr int kBatch = 16;                // outlier columns of one product
 constexpr int kBatchPitch = 2 * kBatch;   // bytes of a row of a batch
 constexpr int kSlots = 2;                 // of batches, and of constants of a tile
 constexpr int kGatherThreads = kGroupThreads - kLanes;
-constexpr int kSharedLimit = 226 * 1024;
 
 template <int kTokens, int kRows, int kCluster>
 struct Shape {
@@ -395,10 +393,8 @@ void run(const Launch& launch, const Gemm8& p) {
                         p.bias,
                         p.bias_dtype};
   const int64_t tiles = ceil_div(p.n, kRows) * ceil_div(p.m, kTokens * kCluster);
-  const int64_t most = launch.processors() / kCluster;
-  launch_clusters(kernel, dim3(static_cast<unsigned>((tiles < most ? tiles : most) * kCluster)), kThreads,
-                  Layout::kBytes, kCluster, launch, "int8_linear", activations, weight, problem,
-                  static_cast<T*>(p.out));
+  launch_clusters(kernel, cluster_grid(launch, tiles, kCluster), kThreads, Layout::kBytes, kCluster, launch,
+                  "int8_linear", activations, weight, problem, static_cast<T*>(p.out));
 }
 
 // A tile that the kernel is built for, and what it costs: bytes per column are brought at the rate of 40 per cycle,

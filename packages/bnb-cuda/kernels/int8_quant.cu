@@ -401,8 +401,12 @@ void quantize(const Launch& launch, const T* x, int64_t rows, int64_t columns, f
   quantize_row_any<T><<<grid, kThreads, 0, launch.stream()>>>(x, columns, threshold, codes, absmax, outliers);
 }
 
-void prepare(const Launch& launch, const Outliers& outliers, int64_t columns) {
+// Without a row no thread block would write the number of columns.
+void prepare(const Launch& launch, const Outliers& outliers, int64_t rows, int64_t columns) {
   check(gpuMemsetAsync(outliers.flags, 0, (ceil_div(columns, 32) + 1) * 4, launch.stream()), "int8 quantization");
+  if (rows == 0) {
+    check(gpuMemsetAsync(outliers.count, 0, 4, launch.stream()), "int8 quantization");
+  }
 }
 
 void clear(const Launch& launch, const Outliers& outliers, int8_t* codes, int64_t rows, int64_t columns) {
@@ -440,16 +444,13 @@ void int8_quantize_rows(const Launch& launch, const void* x, int dtype, int64_t 
     return;
   }
   if (threshold > 0.0f && columns > 0) {
-    prepare(launch, outliers, columns);
+    prepare(launch, outliers, rows, columns);
   }
   if (rows > 0) {
     with_dtype(dtype, [&](auto type) {
       using T = typename decltype(type)::type;
       quantize<T>(launch, static_cast<const T*>(x), rows, columns, threshold, codes, absmax, outliers);
     });
-  }
-  if (threshold > 0.0f && rows == 0) {
-    check(gpuMemsetAsync(outliers.count, 0, 4, launch.stream()), "int8 quantization");
   }
   if (threshold > 0.0f && cleared && rows > 0 && columns > 0) {
     clear(launch, outliers, codes, rows, columns);
@@ -464,7 +465,7 @@ void int8_double_quantize(const Launch& launch, const void* x, int dtype, int64_
     return int8_quantize_rows(launch, x, dtype, rows, columns, 0.0f, row_codes, row_absmax, outliers, true);
   }
   if (threshold > 0.0f) {
-    prepare(launch, outliers, columns);
+    prepare(launch, outliers, rows, columns);
   }
   check(gpuMemsetAsync(column_absmax, 0, columns * 4, launch.stream()), "int8_double_quant");
   if (rows > 0) {
@@ -480,9 +481,6 @@ void int8_double_quantize(const Launch& launch, const void* x, int dtype, int64_
       quantize_columns<T>
           <<<grid, kThreads, 0, launch.stream()>>>(from, rows, columns, threshold, column_absmax, column_codes);
     });
-  }
-  if (threshold > 0.0f && rows == 0) {
-    check(gpuMemsetAsync(outliers.count, 0, 4, launch.stream()), "int8_double_quant");
   }
   if (threshold > 0.0f && rows > 0) {
     clear(launch, outliers, row_codes, rows, columns);

@@ -16,20 +16,9 @@
 
 namespace bnb_gpu {
 
+constexpr int kGroupThreads = 4 * kLanes;
 constexpr int kSwizzledRowBytes = 128;
 constexpr int kSwizzleTile = 1024;
-
-// Offset in bytes of a 16-byte piece of a row.
-__device__ __forceinline__ int swizzled(int row, int piece) {
-  return row * kSwizzledRowBytes + ((piece ^ (row & 7)) * 16);
-}
-
-// Has some of the warps wait for each other.
-__device__ __forceinline__ void synchronize_some(int barrier, int threads) {
-#if BNB_WGMMA
-  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
-#endif
-}
 
 // All warps of a group of four call these, right after their kind of work is known.
 template <int kCount>
