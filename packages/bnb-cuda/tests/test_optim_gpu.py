@@ -10,7 +10,6 @@ import torch
 
 from bitsandbytes import optim
 from bitsandbytes.backends.bound import EXCHANGE
-from bnb_cuda.paging import Residence
 
 pytestmark = pytest.mark.gpu
 
@@ -288,6 +287,9 @@ def test_paged_equals_plain(name: str, resident: bool, monkeypatch: pytest.Monke
 
 
 def test_residence_is_doubted_after_the_device_was_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Needs the built module, without which these tests are skipped.
+    from bnb_cuda.paging import Residence
+
     free = 50
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 100))
     monkeypatch.setattr("bnb_cuda.paging.STEPS_BETWEEN_LOOKS", 2)

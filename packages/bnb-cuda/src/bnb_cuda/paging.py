@@ -27,7 +27,7 @@ class ManagedMemory:
 
 #: A device with less of its memory free than this share may have moved pages to the host.
 LEAST_FREE = 0.02
-#: Steps between two looks at the free memory, which the driver takes its time for.
+#: Questions between two looks at the free memory, which the driver takes its time for; a step asks once per batch.
 STEPS_BETWEEN_LOOKS = 16
 
 

@@ -92,6 +92,11 @@ def plan_gemm_4bit(
     return Plan(Path.DEQUANTIZE)
 
 
+def pieces(total: int, size: int) -> int:
+    """How many pieces of this size ``total`` makes, the last one smaller perhaps."""
+    return -(-total // size)
+
+
 #: Microseconds that a tile takes for its 64 (wide) or 128 (groups) columns of a stage, that pass before and after,
 #: and that a cluster takes to sum; bytes and operations per microsecond of the library's way.
 WIDE_STAGE, GROUPS_STAGE, START, CLUSTER_SUM = 0.86, 1.15, 5.0, 3.0
@@ -104,16 +109,16 @@ def estimated_times(rows: int, n: int, k: int, split: int, processors: int) -> d
     Tiles come in rounds over the multiprocessors, each as long as a full one. The library's way writes the
     dequantized weight and reads it again.
     """
-    pairs = processors // 2
-    wide = -(-(-(-n // (2 * TILE_ROWS)) * -(-rows // TILE_TOKENS_WIDE)) // pairs) * -(-k // (TILE_STEP // 2))
-    tiles = -(-n // TILE_ROWS) * -(-rows // TILE_TOKENS_GROUPS)
-    groups = -(-tiles * split // processors) * -(-k // (TILE_STEP * split))
+    wide_tiles = pieces(n, 2 * TILE_ROWS) * pieces(rows, TILE_TOKENS_WIDE)
+    wide_stages = pieces(wide_tiles, processors // 2) * pieces(k, TILE_STEP // 2)
+    tiles = pieces(n, TILE_ROWS) * pieces(rows, TILE_TOKENS_GROUPS)
+    stages = pieces(tiles * split, processors) * pieces(k, TILE_STEP * split)
     moving, multiplying = 2 * n * k / LIBRARY_BYTES, 2 * rows * n * k / LIBRARY_OPERATIONS
     times = {Path.DEQUANTIZE: START + n * k * 2.56 / LIBRARY_BYTES + max(moving, multiplying)}
     if rows <= MOST_ROWS_WIDE:
-        times[Path.WIDE] = START + wide * WIDE_STAGE
+        times[Path.WIDE] = START + wide_stages * WIDE_STAGE
     if rows <= MOST_ROWS_GROUPS:
-        times[Path.GROUPS] = START + groups * GROUPS_STAGE + (CLUSTER_SUM if split > 1 else 0.0)
+        times[Path.GROUPS] = START + stages * GROUPS_STAGE + (CLUSTER_SUM if split > 1 else 0.0)
     return times
 
 
@@ -122,7 +127,7 @@ def split_of(rows: int, n: int, k: int, capability: int, processors: int) -> int
     if capability < 90:
         return 1
     widest = TILE_TOKENS_GROUPS if capability == 90 else TILE_TOKENS
-    tiles = -(-n // TILE_ROWS) * -(-rows // widest)
+    tiles = pieces(n, TILE_ROWS) * pieces(rows, widest)
     split = 1
     for more in range(2, MOST_SPLIT + 1):
         # The multiprocessors of a cluster are neighbours: wide clusters do not find room on all of them.
