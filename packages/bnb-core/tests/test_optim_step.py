@@ -10,9 +10,11 @@ import torch
 from test_optim_state import NAMES, make
 
 from bitsandbytes import optim, paging
+from bitsandbytes.backends.registry import REGISTRY
 from bitsandbytes.contract import OPS
 from bitsandbytes.errors import ArgumentError
 from bitsandbytes.ops.optim_storage import round_stochastically
+from bitsandbytes.optim.engine import Batch
 from bitsandbytes.optim.optimizer import Optimizer1State, Optimizer2State, Optimizer8bit
 
 
@@ -633,60 +635,166 @@ class RecordingPager:
         self.diary.append(f"prefetch {tuple(tensor.shape)}")
 
 
-def test_paged_states_are_fetched_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
-    pager = RecordingPager()
-    paging.set_pager("cpu", lambda: pager)
-    try:
-        monkeypatch.setattr("bitsandbytes.optim.engine.PAGED_PORTION", 300_000)
-        params = [parameter(100_000 + number) for number in range(3)] + [parameter(5000)]
-        others = [parameter(100_000 + number) for number in range(3)] + [parameter(5000)]
-        optimizer = optim.PagedAdamW8bit(params)
-        assert isinstance(optimizer, Optimizer8bit)
-        optimizer.step()
-        assert pager.diary.count("allocate (100000,)") == 2
-        assert not any("5000" in entry for entry in pager.diary if entry.startswith("allocate"))
+class KnowingPager(RecordingPager):
+    """A pager that can tell whether its memory may be elsewhere, and fetch it beside the work."""
+
+    gone = 0
+
+    def departures(self, device: torch.device) -> int:
+        self.diary.append(f"departures {device.type}")
+        return self.gone
+
+    def fetch(self, tensors: Any) -> Any:
+        names = " ".join(str(tensor.numel()) for tensor in tensors)
+        self.diary.append(f"fetch {names}")
+        return lambda: self.diary.append(f"arrive {names}")
+
+
+@pytest.fixture(params=[RecordingPager, KnowingPager])
+def pager(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A pager for the CPU; portions take two states of 100 000 bytes and more."""
+    instance = request.param()
+    monkeypatch.setattr("bitsandbytes.optim.base.PAGED_PORTION", 150_000)
+    paging.set_pager("cpu", lambda: instance)
+    yield instance
+    paging.set_pager("cpu", None)
+
+
+knowing = pytest.mark.parametrize("pager", [KnowingPager], indirect=True)
+
+
+def large(count: int) -> list[torch.nn.Parameter]:
+    return [parameter(100_000 + number) for number in range(count)]
+
+
+def note_steps(pager: RecordingPager, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the diary tell when a batch is worked on."""
+    run = Batch.run
+
+    def noted(batch: Batch, gradients: list[torch.Tensor]) -> None:
+        pager.diary.append(f"step {batch.params[0].numel()}")
+        run(batch, gradients)
+
+    monkeypatch.setattr(Batch, "run", noted)
+
+
+@pytest.mark.parametrize("pager", [RecordingPager], indirect=True)
+def test_paged_states_are_fetched_ahead(pager: RecordingPager, monkeypatch: pytest.MonkeyPatch) -> None:
+    params, others = [*large(3), parameter(5000)], [*large(3), parameter(5000)]
+    optimizer, plain = optim.PagedAdamW8bit(params), optim.AdamW8bit(others)
+    assert isinstance(optimizer, Optimizer8bit)
+    optimizer.step()
+    assert pager.diary.count("allocate (100000,)") == 2
+    assert not any("5000" in entry for entry in pager.diary if entry.startswith("allocate"))
+    pager.diary.clear()
+    note_steps(pager, monkeypatch)
+    optimizer.step()
+    first, second, third = (f"prefetch ({100_000 + number},)" for number in range(3))
+    steps = [f"step {size}" for size in (100_000, 100_001, 100_002, 5000)]
+    assert pager.diary == [first, first, second, second, steps[0], third, third, *steps[1:]]
+    optimizer.prefetch_state(params[0])
+    assert pager.diary[-2:] == [first, first]
+    plain.step()
+    plain.step()
+    assert all(torch.equal(p, q) for p, q in zip(params, others, strict=True))
+
+
+@knowing
+def test_one_batch_ahead_moves_beside_the_work(pager: KnowingPager, monkeypatch: pytest.MonkeyPatch) -> None:
+    params, others = large(3), large(3)
+    optimizer, plain = optim.PagedAdamW8bit(params), optim.AdamW8bit(others)
+    optimizer.step()
+    plain.step()
+    note_steps(pager, monkeypatch)
+    for gone in (1, 2):
         pager.diary.clear()
+        pager.gone = gone
         optimizer.step()
-        assert [entry for entry in pager.diary if "5000" not in entry] == [
-            f"prefetch ({100_000 + number},)" for number in (0, 0, 1, 1, 2, 2)
+        first, second, third = (f"{100_000 + number} {100_000 + number}" for number in range(3))
+        assert pager.diary == [
+            "departures cpu",
+            f"fetch {first}",
+            f"fetch {second}",
+            f"arrive {first}",
+            "step 100000",
+            f"fetch {third}",
+            f"arrive {second}",
+            "step 100001",
+            f"arrive {third}",
+            "step 100002",
         ]
-        optimizer.prefetch_state(params[0])
-        assert pager.diary[-1] == "prefetch (100000,)"
-        plain = optim.AdamW8bit(others)
-        plain.step()
         plain.step()
         assert all(torch.equal(p, q) for p, q in zip(params, others, strict=True))
-    finally:
-        paging.set_pager("cpu", None)
 
 
-class KnowingPager(RecordingPager):
-    """A pager that can tell where its memory is."""
-
-    resident = True
-
-    def is_resident(self, device: torch.device) -> bool:
-        self.diary.append(f"is_resident {device.type}")
-        return self.resident
-
-
-def test_paged_states_that_are_there_are_not_fetched() -> None:
-    pager = KnowingPager()
-    paging.set_pager("cpu", lambda: pager)
-    try:
-        params, others = [parameter(100_000)], [parameter(100_000)]
-        optimizer, plain = optim.PagedAdamW8bit(params), optim.AdamW8bit(others)
-        for resident in (True, True, False, True, True, True):
-            pager.resident = resident
+@knowing
+def test_paged_states_that_are_there_are_not_fetched(pager: KnowingPager) -> None:
+    """Each optimizer fetches once after a departure; new states are made on the device."""
+    optimizers = [optim.PagedAdamW8bit(large(2)), optim.PagedLion8bit(large(1))]
+    for gone, fetches in ((0, [0, 0]), (0, [0, 0]), (1, [2, 1]), (1, [0, 0]), (3, [2, 1]), (3, [0, 0])):
+        pager.gone = gone
+        for optimizer, expected in zip(optimizers, fetches, strict=True):
             pager.diary.clear()
             optimizer.step()
-            plain.step()
-            fetched = pager.diary.count("prefetch (100000,)")
-            assert fetched == (0 if resident else 2)
-            assert torch.equal(params[0], others[0])
+            assert sum(entry.startswith("fetch") for entry in pager.diary) == expected
+            assert pager.diary.count("departures cpu") == 1
+    assert paging.departures(torch.device("meta")) == 0
+
+
+@pytest.mark.parametrize("name", ["PagedAdamW8bit", "PagedAdEMAMix8bit", "PagedLion32bit"])
+def test_loaded_states_are_paged(pager: RecordingPager, name: str) -> None:
+    params, others = [*large(1), parameter(5000)], [*large(1), parameter(5000)]
+    first, second = getattr(optim, name)(params), getattr(optim, name)(others)
+    first.step()
+    others[0].data.copy_(params[0])
+    others[1].data.copy_(params[1])
+    pager.diary.clear()
+    second.load_state_dict(first.state_dict())
+    states = [second.state[p][key] for p in others for key in ("state1", "state2") if key in second.state[p]]
+    assert [hasattr(state, "is_paged") for state in states] == [state.numel() >= 100_000 for state in states]
+    kinds = [entry.split()[0] for entry in pager.diary]
+    assert kinds == ["allocate", "prefetch"] * sum(state.numel() >= 100_000 for state in states)
+    pager.diary.clear()
+    first.step()
+    second.step()
+    assert not any(entry.startswith("fetch") for entry in pager.diary)
+    assert all(torch.equal(p, q) for p, q in zip(params, others, strict=True))
+
+
+def test_the_first_paged_state_loads_the_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    instance = RecordingPager()
+    monkeypatch.setattr(REGISTRY, "binder", lambda op, device: paging.set_pager(device, lambda: instance))
+    try:
+        params = large(1)
+        optim.PagedAdamW8bit(params).step()
+        assert instance.diary.count("allocate (100000,)") == 2
     finally:
         paging.set_pager("cpu", None)
-    assert paging.is_resident(torch.device("cpu"))
+
+
+@knowing
+def test_a_step_without_memory_for_a_state_can_be_repeated(
+    pager: KnowingPager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params, others = large(3), large(3)
+    optimizer, plain = optim.PagedAdamW8bit(params), optim.AdamW8bit(others)
+    for late in (params[1], others[1]):
+        late.grad = None
+    optimizer.step()
+    plain.step()
+    for late in (params[1], others[1]):
+        late.grad = torch.ones_like(late)
+    with monkeypatch.context() as patch:
+        patch.setattr(pager, "allocate", _no_memory)
+        with pytest.raises(MemoryError):
+            optimizer.step()
+    optimizer.step()
+    plain.step()
+    assert all(torch.equal(p, q) for p, q in zip(params, others, strict=True))
+
+
+def _no_memory(shape: Any, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    raise MemoryError
 
 
 # --- with the rest of torch -------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from bitsandbytes import optim
+from bitsandbytes import optim, paging
 from bitsandbytes.backends.bound import EXCHANGE
 from bitsandbytes.backends.registry import REGISTRY
 from bitsandbytes.contract import OPS
@@ -277,6 +277,42 @@ def test_a_batch_that_always_changes_is_left_alone() -> None:
             params[0].grad = params[0].grad.t().contiguous().t()
         pair.step(gradients=False)
     assert all(batch.bound.step is None for batch in pair.ours._plan if batch.params[0].dim() == 2)
+
+
+class Pages:
+    """A pager of plain memory that counts what it fetches."""
+
+    def __init__(self) -> None:
+        self.gone, self.fetched = 0, 0
+
+    def allocate(self, shape, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        return torch.empty(tuple(shape), dtype=dtype, device=device)
+
+    def prefetch(self, tensor: torch.Tensor, to_cpu: bool) -> None:
+        self.fetched += 1
+
+    def departures(self, device: torch.device) -> int:
+        return self.gone
+
+
+@pytest.mark.parametrize("name", ["AdamW8bit", "AdamW32bit", "Lion8bit"])
+def test_steps_of_paged_portions_are_prepared(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pages = Pages()
+    monkeypatch.setattr("bitsandbytes.optim.base.PAGED_PORTION", 150_000)
+    paging.set_pager("cpu", lambda: pages)
+    try:
+        pair = Pair(name, shapes=((100_000,), (300,), (400, 300), (100_001,)))
+        pair.ours = getattr(optim, f"Paged{name}")(pair.params, lr=1e-2)
+        pair.warm()
+        assert len(pair.ours._plan) > len(pair.plain._plan)
+        # Whether states are fetched is no matter of how the step is made.
+        pages.gone, pages.fetched = 1, 0
+        assert pair.step()
+        assert pages.fetched == (3 if name.startswith("Lion") else 6)
+        assert pair.step()
+        assert pages.fetched == (3 if name.startswith("Lion") else 6)
+    finally:
+        paging.set_pager("cpu", None)
 
 
 def test_nothing_is_kept_alive() -> None:

@@ -195,6 +195,7 @@ NB_MODULE(_C, m) {
   m.def("has_managed_memory", &has_managed_memory);
   m.def("allocate_managed", &allocate_managed);
   m.def("free_managed", &free_managed);
+  m.def("is_capturing", [](int device, Pointer stream) { return is_capturing(Launch(device, stream)); });
   m.def("prefetch_managed", [](int device, Pointer stream, Pointer address, int64_t bytes, bool to_host) {
     prefetch_managed(Launch(device, stream), address, bytes, to_host);
   });

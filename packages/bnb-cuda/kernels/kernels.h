@@ -145,6 +145,8 @@ void optimizer_step(const Launch&, const OptimizerStep&);
 bool has_managed_memory(int device);
 uintptr_t allocate_managed(int device, int64_t bytes);
 void free_managed(uintptr_t address);
+// Whether what is queued on the stream goes into a graph.
+bool is_capturing(const Launch&);
 void prefetch_managed(const Launch&, uintptr_t address, int64_t bytes, bool to_host);
 
 }  // namespace bnb_gpu

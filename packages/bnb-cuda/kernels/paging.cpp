@@ -16,7 +16,29 @@ uintptr_t allocate_managed(int device, int64_t bytes) {
   return reinterpret_cast<uintptr_t>(address);
 }
 
-void free_managed(uintptr_t address) { (void)gpuFree(reinterpret_cast<void*>(address)); }
+void free_managed(uintptr_t address) {
+#if defined(BNB_HIP)
+  (void)hipFree(reinterpret_cast<void*>(address));
+#else
+  // Python frees when it likes to, maybe while a graph is captured, which this must not break.
+  cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+  (void)cudaThreadExchangeStreamCaptureMode(&mode);
+  (void)cudaFree(reinterpret_cast<void*>(address));
+  (void)cudaThreadExchangeStreamCaptureMode(&mode);
+#endif
+}
+
+bool is_capturing(const Launch& launch) {
+#if defined(BNB_HIP)
+  hipStreamCaptureStatus status = hipStreamCaptureStatusNone;
+  check(hipStreamIsCapturing(launch.stream(), &status), "asking whether a stream is captured");
+  return status != hipStreamCaptureStatusNone;
+#else
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  check(cudaStreamIsCapturing(launch.stream(), &status), "asking whether a stream is captured");
+  return status != cudaStreamCaptureStatusNone;
+#endif
+}
 
 void prefetch_managed(const Launch& launch, uintptr_t address, int64_t bytes, bool to_host) {
   const void* from = reinterpret_cast<const void*>(address);

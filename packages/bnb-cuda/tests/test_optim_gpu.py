@@ -8,8 +8,12 @@ import warnings
 import pytest
 import torch
 
-from bitsandbytes import optim
+from bitsandbytes import optim, paging
 from bitsandbytes.backends.bound import EXCHANGE
+
+# Where the module is not built these tests are skipped, not broken.
+_C = pytest.importorskip("bnb_cuda._C", reason="the native module bnb_cuda._C is not built")
+pages = pytest.importorskip("bnb_cuda.paging")
 
 pytestmark = pytest.mark.gpu
 
@@ -270,15 +274,179 @@ def test_states_that_are_taken_away_are_seen() -> None:
 # --- paging ---------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def small_portions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every large parameter is a portion."""
+    monkeypatch.setattr("bitsandbytes.optim.base.PAGED_PORTION", 200_000)
+
+
+def with_free_memory(free: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A new pager, which is told that so many hundredths of the memory are free."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device=None: (free, 100))
+    monkeypatch.setattr(paging, "_pagers", {})
+
+
+def skip_without_pages() -> None:
+    if not _C.has_managed_memory(0):
+        pytest.skip("this GPU has no managed memory")
+
+
+@pytest.mark.usefixtures("small_portions")
 @pytest.mark.parametrize("resident", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", ["AdamW8bit", "AdamW32bit", "Lion8bit"])
-def test_paged_equals_plain(name: str, resident: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bnb_cuda.paging.ManagedPager.is_resident", lambda pager, device: resident)
-    monkeypatch.setattr("bitsandbytes.optim.engine.PAGED_PORTION", 400_000)
-    sizes = (300_000, 8192, 1_500_001)
+def test_paged_equals_plain(name: str, dtype: torch.dtype, resident: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_free_memory(50 if resident else 0, monkeypatch)
+    sizes = (300_000, 8192, 1_500_001, 250_000)
+    params, others = parameters(sizes, dtype), parameters(sizes, dtype)
+    ours, plain = getattr(optim, f"Paged{name}")(params), getattr(optim, name)(others)
+    for number in range(6):
+        set_gradients(params, number)
+        set_gradients(others, number)
+        # Work ahead of the step, so that pages that come too early or too late would show.
+        torch.cuda._sleep(2_000_000)
+        ours.step()
+        plain.step()
+    assert_same(ours, plain)
+    assert len(ours._plan) == 3
+    assert EXCHANGE is None or is_prepared(ours)
+
+
+@pytest.mark.usefixtures("small_portions")
+def test_nothing_is_fetched_while_everything_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    skip_without_pages()
+    moves = []
+    move = _C.prefetch_managed
+    monkeypatch.setattr("bnb_cuda.paging._C.prefetch_managed", lambda *a: (moves.append(a[2:]), move(*a)))
+    with_free_memory(50, monkeypatch)
+    params = parameters((300_000, 400_000))
+    ours = optim.PagedAdamW8bit(params)
+    set_gradients(params, 0)
+    ours.step()
+    # Made on the device, once.
+    assert len(moves) == 4
+    for number in range(5):
+        set_gradients(params, number)
+        ours.step()
+    assert len(moves) == 4
+    state = ours.state[params[0]]["state1"]
+    before = state.cpu()
+    paging.prefetch(state, to_cpu=True)
+    torch.cuda.synchronize()
+    assert torch.equal(state.cpu(), before)
+    ours.step()
+    ours.step()
+    assert len(moves) == 4 + 1 + 4
+
+
+@pytest.mark.usefixtures("small_portions")
+@pytest.mark.parametrize("resident", [True, False])
+def test_paged_steps_on_changing_streams(resident: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_free_memory(50 if resident else 0, monkeypatch)
+    sizes = (300_000, 200_001, 5000)
+    params, others = parameters(sizes), parameters(sizes)
+    ours, plain = optim.PagedAdamW8bit(params), optim.AdamW8bit(others)
+    streams = [torch.cuda.Stream(), torch.cuda.current_stream(), torch.cuda.Stream()]
+    for number in range(9):
+        stream = streams[number % 3]
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            set_gradients(params, number)
+            torch.cuda._sleep(2_000_000)
+            ours.step()
+        torch.cuda.current_stream().wait_stream(stream)
+        set_gradients(others, number)
+        plain.step()
+    assert_same(ours, plain)
+
+
+@pytest.mark.usefixtures("small_portions")
+@pytest.mark.parametrize("resident", [True, False])
+def test_a_paged_step_is_captured(resident: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_free_memory(50 if resident else 0, monkeypatch)
+    sizes = (300_000, 200_001, 5000)
+    params, others = parameters(sizes), parameters(sizes)
+    ours = optim.PagedAdamW8bit([{"params": params, "capturable": True}])
+    eager = optim.PagedAdamW8bit([{"params": others, "capturable": True}])
+    set_gradients(params, 0)
+    set_gradients(others, 0)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _warm_up in range(3):
+            ours.step()
+    torch.cuda.current_stream().wait_stream(side)
+    for _warm_up in range(3):
+        eager.step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        ours.step()
+    for number in range(4):
+        overwrite_gradients(params, number)
+        overwrite_gradients(others, number)
+        graph.replay()
+        eager.step()
+    ours.step()
+    eager.step()
+    assert_same(ours, eager)
+
+
+def test_paged_memory_is_freed_while_a_graph_is_captured() -> None:
+    skip_without_pages()
+    x = torch.zeros(1000, device="cuda")
+    paged = paging.get_paged((200_000,), torch.float32, x.device).zero_()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        x += 1
+        del paged
+        x += 1
+    graph.replay()
+    torch.cuda.synchronize()
+    assert bool((x == 2).all())
+
+
+def test_paged_memory_is_freed_while_it_is_on_its_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    skip_without_pages()
+    with_free_memory(0, monkeypatch)
+    others = parameters((3_000_000,))
+    plain = optim.AdamW8bit(others)
+    for number in range(6):
+        params = parameters((3_000_000,))
+        ours = optim.PagedAdamW8bit(params)
+        set_gradients(params, 0)
+        for _step in range(3):
+            ours.step()
+        if number < 5:
+            del ours
+    set_gradients(others, 0)
+    for _step in range(3):
+        plain.step()
+    assert_same(ours, plain)
+
+
+@pytest.mark.parametrize("name", ["AdamW8bit", "AdamW32bit"])
+def test_paged_states_move_through_the_cpu_and_copies(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    skip_without_pages()
+    with_free_memory(0, monkeypatch)
+    sizes = (300_000, 5000)
     params, others = parameters(sizes), parameters(sizes)
     ours, plain = getattr(optim, f"Paged{name}")(params), getattr(optim, name)(others)
-    for number in range(4):
+    for number in range(12):
+        if number == 4:
+            # Through the CPU: what comes back is paged again.
+            on_cpu = [torch.nn.Parameter(p.detach().cpu()) for p in params]
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                holder = getattr(optim, f"Paged{name}")(on_cpu)
+            holder.load_state_dict(ours.state_dict())
+            params = [torch.nn.Parameter(p.detach().cuda()) for p in on_cpu]
+            ours = getattr(optim, f"Paged{name}")(params)
+            ours.load_state_dict(holder.state_dict())
+            assert ours.state[params[0]]["state1"].untyped_storage().data_ptr() in pages._in_use
+        if number == 8:
+            # A copy has the marks of paged memory but lies in plain memory.
+            ours, params = copy.deepcopy((ours, params))
         set_gradients(params, number)
         set_gradients(others, number)
         ours.step()
@@ -286,21 +454,58 @@ def test_paged_equals_plain(name: str, resident: bool, monkeypatch: pytest.Monke
     assert_same(ours, plain)
 
 
-def test_residence_is_doubted_after_the_device_was_full(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Needs the built module, without which these tests are skipped.
-    from bnb_cuda.paging import Residence
+@pytest.mark.usefixtures("small_portions")
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("resident", [True, False])
+def test_paged_parameters_on_two_devices(resident: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_free_memory(50 if resident else 0, monkeypatch)
+    sizes = (300_000, 200_001, 5000)
+    params = parameters(sizes, device="cuda:1") + parameters(sizes)
+    others = parameters(sizes) + parameters(sizes)
+    ours, plain = optim.PagedAdamW8bit(params), optim.AdamW8bit(others)
+    for number in range(5):
+        set_gradients(params, number)
+        set_gradients(others, number)
+        ours.step()
+        plain.step()
+    torch.cuda.synchronize(1)
+    assert torch.cuda.current_device() == 0
+    assert_same(ours, plain)
 
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_step_is_captured_on_a_device_that_is_not_current() -> None:
+    params, others = parameters(device="cuda:1"), parameters(device="cuda:0")
+    ours = optim.AdamW8bit([{"params": params, "capturable": True}])
+    eager = optim.AdamW8bit([{"params": others, "capturable": True}])
+    set_gradients(params, 0)
+    set_gradients(others, 0)
+    for _warm_up in range(4):
+        ours.step()
+        eager.step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.device(1), torch.cuda.graph(graph, stream=torch.cuda.Stream(1)), torch.cuda.device(0):
+        ours.step()
+    for _replay in range(3):
+        graph.replay()
+        eager.step()
+    torch.cuda.synchronize(1)
+    assert_same(ours, eager)
+
+
+def test_departures_are_counted_while_there_is_no_room_and_once_after(monkeypatch: pytest.MonkeyPatch) -> None:
     free = 50
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 100))
-    monkeypatch.setattr("bnb_cuda.paging.STEPS_BETWEEN_LOOKS", 2)
-    residence = Residence()
-    assert [residence.holds(0) for _ in range(4)] == [True] * 4
+    monkeypatch.setattr("bnb_cuda.paging.QUESTIONS_BETWEEN_LOOKS", 2)
+    residence = pages.Residence()
+    assert [residence.departures(0) for _ in range(4)] == [0] * 4
     free = 1
-    assert [residence.holds(0) for _ in range(2)] == [False] * 2
+    assert [residence.departures(0) for _ in range(2)] == [1, 2]
+    assert residence.departures(0, look=False) == 2
     free = 50
-    assert [residence.holds(0) for _ in range(3)] == [False, True, True]
+    assert [residence.departures(0) for _ in range(3)] == [3, 3, 3]
     residence.forget()
-    assert [residence.holds(0) for _ in range(2)] == [False, True]
+    assert [residence.departures(0) for _ in range(2)] == [4, 4]
 
 
 def test_paged_states_exceed_a_limit() -> None:
@@ -336,6 +541,32 @@ def test_paged_states_exceed_a_limit() -> None:
     for _step in range(3):
         reference.step()
     assert_same(ours, reference)
+
+
+@pytest.mark.usefixtures("small_portions")
+def test_paged_states_exceed_the_memory_of_the_device() -> None:
+    """Nothing is imitated here: other tensors fill the device, and states go to the host and come back."""
+    skip_without_pages()
+    sizes = (2**25,) * 6
+    params, others = parameters(sizes), parameters(sizes)
+    ours, plain = optim.PagedAdamW32bit(params), optim.AdamW32bit(others)
+    for number in range(3):
+        set_gradients(others, number)
+        plain.step()
+    plain.state.clear()
+    set_gradients(params, 0)
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    # Room for a third of the 1.5 GiB that the states take.
+    free, _total = torch.cuda.mem_get_info()
+    filling = torch.empty(free - 2**29, dtype=torch.uint8, device="cuda")
+    for number in range(3):
+        overwrite_gradients(params, number)
+        ours.step()
+    torch.cuda.synchronize()
+    del filling
+    for p, q in zip(params, others, strict=True):
+        assert torch.equal(p, q)
 
 
 # --- many parameters ------------------------------------------------------------------------------

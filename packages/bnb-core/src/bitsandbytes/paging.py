@@ -13,18 +13,40 @@ from typing import Protocol
 
 import torch
 
+from bitsandbytes.backends.registry import REGISTRY
+
 
 class Pager(Protocol):
-    """What a backend with pageable memory provides.
-
-    A pager that knows more may also have ``is_resident(device) -> bool``; see :func:`is_resident`.
-    """
+    """What a backend with pageable memory provides; the methods of :class:`KnowingPager` are optional."""
 
     def allocate(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """An uninitialised, contiguous tensor that kernels on ``device`` can read and write."""
 
     def prefetch(self, tensor: torch.Tensor, to_cpu: bool) -> None:
         """Begin to move the tensor, in the order of the device's current stream; do not wait."""
+
+
+class KnowingPager(Pager, Protocol):
+    """What a pager may have beside, each method on its own, so that paged optimizers lose less time.
+
+    Both are about speed alone: memory that is elsewhere than it is thought to be comes when it is used.
+    """
+
+    def departures(self, device: torch.device) -> int:
+        """How often paged memory may have left the device, as far as is known: 0 at first, it never falls.
+
+        A paged optimizer asks once in a step and fetches its states when the number is another one than when
+        it fetched them last. Where the device has no room it rises with each question. Without this method
+        states are fetched in each step.
+        """
+
+    def fetch(self, tensors: Sequence[torch.Tensor]) -> Callable[[], None]:
+        """Begin to move paged tensors to the device that they belong to, beside its work; do not wait.
+
+        They set out after what has been queued on the device's current stream until now. Work that is queued
+        there later does not wait for them, until the function that is returned has been called. Without this
+        method :meth:`prefetch` is called for each.
+        """
 
 
 class PagingWarning(UserWarning):
@@ -69,15 +91,24 @@ def prefetch(tensor: torch.Tensor, *, to_cpu: bool = False) -> None:
             pager.prefetch(tensor, to_cpu)
 
 
-def is_resident(device: torch.device) -> bool:
-    """Whether the paged memory of a device lies there now, as far as its pager knows, so that fetching it is idle.
-
-    Memory that is elsewhere all the same comes when it is used, later than if it had been fetched ahead. A pager
-    that cannot tell has everything fetched.
-    """
+def departures(device: torch.device) -> int | None:
+    """See :meth:`KnowingPager.departures`; ``None`` where nobody knows, 0 where there is no paged memory."""
     pager = _pager(device)
-    knows = getattr(pager, "is_resident", None)
-    return pager is None or (knows is not None and bool(knows(device)))
+    ask: Callable[[torch.device], int] | None = getattr(pager, "departures", None)
+    if ask is not None:
+        return ask(device)
+    return 0 if pager is None else None
+
+
+def fetch(tensors: Sequence[torch.Tensor]) -> Callable[[], None]:
+    """Begin to move paged tensors to their device, all to one; see :meth:`KnowingPager.fetch`."""
+    pager = _pager(tensors[0].device) if tensors else None
+    begin: Callable[[Sequence[torch.Tensor]], Callable[[], None]] | None = getattr(pager, "fetch", None)
+    if begin is not None:
+        return begin(tensors)
+    for tensor in tensors:
+        prefetch(tensor)
+    return _go_on
 
 
 def is_pageable(device: torch.device) -> bool:
@@ -87,9 +118,16 @@ def is_pageable(device: torch.device) -> bool:
 
 def _pager(device: torch.device) -> Pager | None:
     kind = device.type
+    if kind not in _makers:
+        # A backend installs its pager when its kernels are loaded, which this does: states are made before a step.
+        REGISTRY.binder("optimizer_step_32bit", kind)
     if kind not in _pagers and kind in _makers:
         _pagers[kind] = _makers[kind]()
     return _pagers.get(kind)
+
+
+def _go_on() -> None:
+    """Wait for nothing: the order of the stream is enough."""
 
 
 def _note(device_type: str) -> None:

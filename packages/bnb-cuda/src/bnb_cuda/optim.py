@@ -62,7 +62,7 @@ def table_of(
     numbers.extend(absent)
     numbers.extend((seed & MASK32 for seed in rounding_seed) if rounding_seed else (-1,) * count)
     key = (device, numbers.tobytes())
-    capturing = torch.cuda.is_current_stream_capturing()
+    capturing = _C.is_capturing(device, stream_of(device))
     found = _captured.get(key) or _tables.get(key)
     if found is None:
         found = _new_table(device, numbers, count)

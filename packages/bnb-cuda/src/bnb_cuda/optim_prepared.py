@@ -42,7 +42,8 @@ class PreparedStep:
 
     def prepare(self, gradients: list[Tensor]) -> bool:
         """See :class:`bitsandbytes.backends.bound.BoundStep`; a step that is captured is left to the op."""
-        if torch.cuda.is_current_stream_capturing():
+        device = self._params[0].device.index
+        if device is None or _C.is_capturing(device, stream_of(device)):
             return False
         reading = self._table.refresh(gradients)
         if reading != SAME_ADDRESSES:

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
 from bnb_cuda import _C
 from bnb_cuda.arguments import stream_of
+
+#: A device with less of its memory free than this share may have moved pages to the host.
+LEAST_FREE = 0.02
+#: Questions between two looks at the free memory, which the driver takes its time for.
+QUESTIONS_BETWEEN_LOOKS = 16
+
+#: Addresses of the managed memory that is in use.
+_in_use: set[int] = set()
 
 
 class ManagedMemory:
@@ -22,51 +29,67 @@ class ManagedMemory:
     def __init__(self, size: int, device: int) -> None:
         address = _C.allocate_managed(device, size)
         self.__cuda_array_interface__ = {"shape": (size,), "typestr": "|u1", "data": (address, False), "version": 3}
-        weakref.finalize(self, _C.free_managed, address)
+        _in_use.add(address)
+        weakref.finalize(self, _free, address)
 
 
-#: A device with less of its memory free than this share may have moved pages to the host.
-LEAST_FREE = 0.02
-#: Questions between two looks at the free memory, which the driver takes its time for; a step asks once per batch.
-STEPS_BETWEEN_LOOKS = 16
+def _free(address: int) -> None:
+    _in_use.discard(address)
+    # Waits for the device, so that neither a kernel nor a page on its way outlives the memory.
+    _C.free_managed(address)
 
 
 class Residence:
-    """What is known of a device: whether its managed memory can lie elsewhere."""
+    """What is known of the managed memory of a device: how often some of it may have left."""
 
     def __init__(self) -> None:
-        self._steps_left = 0
+        self._questions_left = 0
         self._has_room = True
-        self._may_be_away = False
+        self._departures = 0
+        self._side: torch.cuda.Stream | None = None
 
     def forget(self) -> None:
         """Memory has been sent away."""
-        self._may_be_away = True
+        self._departures += 1
 
-    def holds(self, device: int) -> bool:
-        """Whether nothing can have been moved away since everything was fetched."""
-        if self._steps_left == 0:
-            self._steps_left = STEPS_BETWEEN_LOOKS
+    def departures(self, device: int, look: bool = True) -> int:
+        """See :meth:`bitsandbytes.paging.KnowingPager.departures`; without a look, what was known before."""
+        if not look:
+            return self._departures
+        had_room = self._has_room
+        if self._questions_left == 0:
+            self._questions_left = QUESTIONS_BETWEEN_LOOKS
             free, total = torch.cuda.mem_get_info(device)
             self._has_room = free >= total * LEAST_FREE
-        self._steps_left -= 1
-        if not self._has_room:
-            self._may_be_away = True
-            return False
-        # One more fetch brings back what left while there was no room.
-        was_away, self._may_be_away = self._may_be_away, False
-        return not was_away
+        self._questions_left -= 1
+        if not (had_room and self._has_room):
+            # When room is there again, once more: for what left since it was fetched last.
+            self._departures += 1
+        return self._departures
+
+    def side(self, device: int) -> torch.cuda.Stream:
+        """The stream that pages travel on beside the work of a device."""
+        if self._side is None:
+            self._side = torch.cuda.Stream(device)
+        return self._side
 
 
 class ManagedPager:
-    """Allocates managed memory and moves it ahead of its use."""
+    """Allocates managed memory and moves it ahead of its use.
+
+    A graph cannot hold such moves: while one is captured nothing is fetched, and in its replays pages that are
+    elsewhere come when they are used.
+    """
 
     def __init__(self) -> None:
-        self._residences: defaultdict[int, Residence] = defaultdict(Residence)
+        self._residences: dict[int, Residence] = {}
+
+    def _residence(self, index: int) -> Residence:
+        return self._residences.setdefault(index, Residence())
 
     def allocate(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """An uninitialised tensor that kernels on ``device`` can read and write."""
-        index = torch.cuda.current_device() if device.index is None else device.index
+        index = _index(device)
         device = torch.device("cuda", index)
         size = math.prod(shape) * dtype.itemsize
         if size == 0 or not _C.has_managed_memory(index):
@@ -76,16 +99,44 @@ class ManagedPager:
 
     def prefetch(self, tensor: torch.Tensor, to_cpu: bool) -> None:
         """Begin to move a tensor, in the order of the device's current stream."""
-        if tensor.numel():
-            device = tensor.device.index
-            _C.prefetch_managed(device, stream_of(device), tensor.data_ptr(), tensor.nbytes, to_cpu)
-            if to_cpu:
-                self._residences[device].forget()
+        index = tensor.device.index
+        stream = stream_of(index)
+        if _C.is_capturing(index, stream):
+            return
+        if to_cpu:
+            self._residence(index).forget()
+        _move(tensor, stream, to_cpu)
 
-    def is_resident(self, device: torch.device) -> bool:
-        """See :func:`bitsandbytes.paging.is_resident`.
+    def departures(self, device: torch.device) -> int:
+        """See :meth:`bitsandbytes.paging.KnowingPager.departures`.
 
         Managed memory leaves a device only when that has no room, which other users of it can also cause.
         """
-        index = torch.cuda.current_device() if device.index is None else device.index
-        return self._residences[index].holds(index)
+        index = _index(device)
+        return self._residence(index).departures(index, look=not _C.is_capturing(index, stream_of(index)))
+
+    def fetch(self, tensors: Sequence[torch.Tensor]) -> Callable[[], None]:
+        """See :meth:`bitsandbytes.paging.KnowingPager.fetch`."""
+        index = tensors[0].device.index
+        if _C.is_capturing(index, stream_of(index)):
+            return _arrived
+        side = self._residence(index).side(index)
+        side.wait_stream(torch.cuda.current_stream(index))
+        for tensor in tensors:
+            _move(tensor, side.cuda_stream, False)
+        arrival = side.record_event()
+        return lambda: torch.cuda.current_stream(index).wait_event(arrival)
+
+
+def _move(tensor: torch.Tensor, stream: int, to_cpu: bool) -> None:
+    # Copies of paged tensors, by copy.deepcopy for instance, have their marks but lie in plain memory.
+    if tensor.numel() and tensor.untyped_storage().data_ptr() in _in_use:
+        _C.prefetch_managed(tensor.device.index, stream, tensor.data_ptr(), tensor.nbytes, to_cpu)
+
+
+def _arrived() -> None:
+    """Nothing is on its way."""
+
+
+def _index(device: torch.device) -> int:
+    return torch.cuda.current_device() if device.index is None else device.index

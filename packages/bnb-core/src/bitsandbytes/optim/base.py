@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from itertools import chain
 from typing import Any, ClassVar
@@ -18,11 +18,9 @@ from bitsandbytes.ops.optim_storage import state_blocks
 from bitsandbytes.optim import statedict
 from bitsandbytes.optim.engine import Batch
 from bitsandbytes.optim.overrides import GlobalOptimManager
+from bitsandbytes.optim.paged import PAGED_PORTION, STATE_KEYS, fetched_ahead, moved_state, new_state, paged_of
 from bitsandbytes.optim.settings import check_bits
 from bitsandbytes.optim.sharded import collect, is_sharded, local, spread
-
-#: Smaller states than this many elements are never paged: a page of managed memory would be mostly empty.
-MIN_PAGED_SIZE = 100_000
 
 
 class Optimizer8bit(torch.optim.Optimizer):
@@ -134,18 +132,12 @@ class Optimizer8bit(torch.optim.Optimizer):
         return self._buffer(tuple(shard.shape), dtype, shard.device)
 
     def _buffer(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        if self.is_paged:
-            # Asked for every size, so that the note about a device without pages does not depend on it.
-            pageable = paging.is_pageable(device)
-            if not pageable or torch.Size(shape).numel() >= MIN_PAGED_SIZE:
-                return paging.get_paged(shape, dtype, device).zero_()
-        return torch.zeros(shape, dtype=dtype, device=device)
+        return new_state(shape, dtype, device) if self.is_paged else torch.zeros(shape, dtype=dtype, device=device)
 
     def prefetch_state(self, p: torch.Tensor) -> None:
         """Begin to move the paged state of one parameter to its device."""
-        for key in ("state1", "state2"):
-            if key in self.state[p]:
-                paging.prefetch(self.state[p][key])
+        for tensor in paged_of(self.state[p]):
+            paging.prefetch(tensor)
 
     def to_gpu(self) -> None:
         """Move states to the device of their parameter."""
@@ -159,7 +151,15 @@ class Optimizer8bit(torch.optim.Optimizer):
         state = self.state[p]
         for key, value in state.items():
             if isinstance(value, torch.Tensor) and value.device != device and key != "step":
-                state[key] = _shared_map(key, value, device) if key.startswith("qmap") else value.to(device)
+                state[key] = self._placed(key, value, device)
+
+    def _placed(self, key: str, value: torch.Tensor, device: torch.device) -> torch.Tensor:
+        """A tensor of a state for parameters on a device; a copy, or the codebook that all share."""
+        if key.startswith("qmap"):
+            return _shared_map(key, value, device)
+        if self.is_paged and key in STATE_KEYS:
+            return moved_state(value, device)
+        return value.to(device=device, copy=True)
 
     # --- step -------------------------------------------------------------------------------------
 
@@ -182,7 +182,7 @@ class Optimizer8bit(torch.optim.Optimizer):
             # A subclass with a step of its own for a single parameter.
             self._step_one_by_one()
             return loss
-        for batch, gradients in self._work():
+        for batch, gradients in fetched_ahead(self._work()):
             batch.run(gradients)
         self.initialized = True
         return loss
@@ -193,9 +193,7 @@ class Optimizer8bit(torch.optim.Optimizer):
     def update_step(self, group: dict[str, Any], p: torch.Tensor, gindex: int, pindex: int) -> None:
         """Update a single parameter, which must have a gradient and a state."""
         batch = self._batch_of(group, p, gindex, pindex)
-        batch.params.append(p)
-        batch.states.append(self.state[p])
-        batch.positions.append(self._position(gindex, pindex))
+        batch.add(p, self.state[p], self._position(gindex, pindex))
         gradients = batch.gradients()
         if gradients is None:
             raise ArgumentError(f"{type(self).__name__}: parameter {pindex} of group {gindex} has no gradient")
@@ -210,13 +208,13 @@ class Optimizer8bit(torch.optim.Optimizer):
                     self.update_step(group, p, gindex, pindex)
         self.initialized = True
 
-    def _work(self) -> Iterator[tuple[Batch, list[torch.Tensor]]]:
+    def _work(self) -> list[tuple[Batch, list[torch.Tensor]]]:
         """The batches of this step with their gradients; the plan of the last step where it still fits."""
         work = self._with_gradients() if self._fingerprint() == self._planned else None
         if work is None:
             self._make_plan()
             work = self._with_gradients()
-        return iter(work or [])
+        return work or []
 
     def _with_gradients(self) -> list[tuple[Batch, list[torch.Tensor]]] | None:
         work = []
@@ -238,12 +236,12 @@ class Optimizer8bit(torch.optim.Optimizer):
 
     def _make_plan(self) -> None:
         batches: dict[Any, Batch] = {}
-        self._idle = []
+        plan, idle = [], []
         self.check_overrides()
         for gindex, group in enumerate(self.param_groups):
             for pindex, p in enumerate(group["params"]):
                 if p.grad is None:
-                    self._idle.append(p)
+                    idle.append(p)
                     continue
                 if "state1" not in self.state[p]:
                     self.init_state(group, p, gindex, pindex)
@@ -258,15 +256,12 @@ class Optimizer8bit(torch.optim.Optimizer):
                 # One number of the step serves a batch; on the device each parameter has its own.
                 if scheduled or not isinstance(state["step"], torch.Tensor):
                     key = (*key, int(state["step"]))
-                if key not in batches:
+                if key not in batches or batches[key].paged >= PAGED_PORTION:
                     batches[key] = self._batch_of(group, p, gindex, pindex)
-                batch = batches[key]
-                batch.params.append(p)
-                batch.states.append(state)
-                batch.positions.append(self._position(gindex, pindex))
-                batch.paged = batch.paged or getattr(state["state1"], "is_paged", False)
-        self._plan = list(batches.values())
-        self._planned = self._fingerprint()
+                    plan.append(batches[key])
+                batches[key].add(p, state, self._position(gindex, pindex))
+        # At the end: a state that finds no memory leaves the old plan, which is then found not to fit.
+        self._plan, self._idle, self._planned = plan, idle, self._fingerprint()
 
     @staticmethod
     def _setting(group: dict[str, Any], own: Mapping[str, Any] | None, name: str) -> Any:
@@ -329,10 +324,8 @@ class Optimizer8bit(torch.optim.Optimizer):
             flat = collect(flat, p, rule.slots)
             device = shard.device if move_to_device else None
             for name, value in flat.items():
-                if name.startswith("qmap") and isinstance(value, torch.Tensor):
-                    flat[name] = _shared_map(name, value, device or value.device)
-                else:
-                    flat[name] = _copied(value, device)
+                tensor = isinstance(value, torch.Tensor)
+                flat[name] = self._placed(name, value, device or value.device) if tensor else deepcopy(value)
             state[p] = statedict.modernize(flat, rule, shard.numel(), where)
             if state[p]:
                 self.check_loaded(state[p], p, where)
@@ -372,12 +365,6 @@ class Optimizer8bit(torch.optim.Optimizer):
 def _light(group: Mapping[str, Any]) -> dict[str, Any]:
     """A saved group, with its list of parameters copied but not what it lists."""
     return {**group, "params": list(group["params"])}
-
-
-def _copied(value: Any, device: torch.device | None) -> Any:
-    if not isinstance(value, torch.Tensor):
-        return deepcopy(value)
-    return value.to(device=value.device if device is None else device, copy=True)
 
 
 def _shared_map(key: str, qmap: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -69,5 +69,5 @@ class ComposedBatch(Batch):
         p = local(self.params[place].detach())
         wide = torch.promote_types(p.dtype, torch.float32)
         moved = p.to(wide) * (1.0 - self.setting("lr") * self.setting("weight_decay")) - rate * direction.to(wide)
-        seeds = self._seeds(range(place, place + 1))
+        seeds = self._seeds(self.positions[place : place + 1])
         p.copy_(round_stochastically(moved, seeds[0], self.states[place]["step"]) if seeds else moved)

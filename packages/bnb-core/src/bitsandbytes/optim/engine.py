@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
 
-from bitsandbytes import paging
 from bitsandbytes.contract import OPS
 from bitsandbytes.ops.common import FLOAT_DTYPES
 from bitsandbytes.ops.optim_rules import RULES, Hyper
 from bitsandbytes.optim.bound import BoundBatch
+from bitsandbytes.optim.paged import paged_of
 from bitsandbytes.optim.schedules import alpha_at, alpha_on_device, beta3_at, beta3_on_device
 from bitsandbytes.optim.sharded import clip_scales, local
 
 State = dict[str, Any]
 
 _DTYPE, _DEVICE, _LAYOUT = attrgetter("dtype"), attrgetter("device"), attrgetter("layout")
-
-#: Bytes of paged state that one op call works on while the next portion is on its way.
-PAGED_PORTION = 256 * 2**20
 
 
 class Numbers(NamedTuple):
@@ -77,8 +74,10 @@ class Batch:
     positions: list[int] = field(default_factory=list)
     #: Whether the parameters are DTensors, of which this process has a part.
     sharded: bool = False
-    #: Whether some of the states are paged, so that they have to be fetched ahead of their use.
-    paged: bool = False
+    #: Bytes of the states that are paged, so that they may have to be fetched ahead of their use.
+    paged: int = 0
+    #: Departures of paged memory from the device before it was last fetched; see :mod:`bitsandbytes.paging`.
+    fetched: int | None = 0
     #: Step numbers on the device, where the step must not be read by the host.
     counter: torch.Tensor | None = None
     #: The step prepared for repetition, where that is possible.
@@ -89,6 +88,13 @@ class Batch:
     repeated: bool = False
     #: Whether numbers of steps have come apart, so that the parameters had better be divided anew.
     mixed: bool = False
+
+    def add(self, parameter: torch.Tensor, state: State, position: int) -> None:
+        """Take in a parameter, with its place in the optimizer."""
+        self.params.append(parameter)
+        self.states.append(state)
+        self.positions.append(position)
+        self.paged += sum(tensor.nbytes for tensor in paged_of(state))
 
     def setting(self, key: str, default: Any = None) -> Any:
         """A setting of these parameters."""
@@ -116,13 +122,10 @@ class Batch:
         """Make one step of all parameters."""
         uniform = self.count_step()
         prepared, self.prepared, self.mixed = self.prepared and uniform, False, not uniform
-        if self.paged and not paging.is_resident(self.device):
-            self._run_in_portions(gradients)
-        elif prepared:
-            numbers = self._numbers(self.states, range(len(self.params)))
-            self.bound.run(self._op(self.states[0]), self.params, self.states[0], numbers)
+        if prepared:
+            self.bound.run(self._op(), self.params, self.states[0], self._numbers())
         else:
-            self._call(gradients, range(len(self.params)))
+            self._call(gradients)
         self.repeated = True
 
     def count_step(self) -> bool:
@@ -151,53 +154,27 @@ class Batch:
         lr = self.setting("lr")
         return bool(self.setting("capturable", False)) or (isinstance(lr, torch.Tensor) and lr.device.type != "cpu")
 
-    def _run_in_portions(self, gradients: list[torch.Tensor]) -> None:
-        """One call per portion of paged state; each portion is fetched while the one before is worked on."""
-        portions = list(self._portions())
-        self._prefetch(portions[0])
-        for number, portion in enumerate(portions):
-            if number + 1 < len(portions):
-                self._prefetch(portions[number + 1])
-            self._call(gradients, portion)
-
-    def _portions(self) -> Iterator[range]:
-        start, size = 0, 0
-        for index, state in enumerate(self.states):
-            size += sum(state[key].nbytes for key in ("state1", "state2") if key in state)
-            if size >= PAGED_PORTION or index + 1 == len(self.states):
-                yield range(start, index + 1)
-                start, size = index + 1, 0
-
-    def _prefetch(self, portion: range) -> None:
-        for index in portion:
-            for key in ("state1", "state2"):
-                if key in self.states[index]:
-                    paging.prefetch(self.states[index][key])
-
-    def _call(self, gradients: list[torch.Tensor], portion: range) -> None:
-        whole = len(portion) == len(self.params)
-        params = self.params if whole else [self.params[index] for index in portion]
-        grads = gradients if whole else [gradients[index] for index in portion]
+    def _call(self, gradients: list[torch.Tensor]) -> None:
+        params, grads, states = self.params, gradients, self.states
         copies: list[tuple[torch.Tensor, torch.Tensor]] = []
         if self.sharded or not self._are_plain(params, grads):
             params, grads, copies = self._made_plain(params, grads)
-        states = self.states if whole else [self.states[i] for i in portion]
         eight, two = states[0]["state1"].dtype == torch.uint8, RULES[self.rule].states == 2
-        op = OPS[self._op(states[0])]
+        op = OPS[self._op()]
         # The ops take the usual dtypes; float64 parameters, a rarity, are served by the reference.
         call = op.overload if self.dtype in FLOAT_DTYPES else op.reference
-        numbers = self._numbers(states, portion)
+        numbers = self._numbers()
         if self.sharded and numbers.max_unorm > 0.0:
-            numbers = self._limited(numbers, portion, params, grads, states)
+            numbers = self._limited(numbers, params, grads)
         call(self.rule, grads, params, *_stored(states, eight, two), *numbers)
         for parameter, copy in copies:
             parameter.copy_(copy)
-        if self.repeated and whole and not (self.sharded or copies or self.dtype not in FLOAT_DTYPES):
+        if self.repeated and not (self.sharded or copies or self.dtype not in FLOAT_DTYPES):
             self.bound.bind(op.name, self.rule, grads, params, states)
 
-    @staticmethod
-    def _op(state: State) -> str:
-        return "optimizer_step_8bit" if state["state1"].dtype == torch.uint8 else "optimizer_step_32bit"
+    def _op(self) -> str:
+        eight = self.states[0]["state1"].dtype == torch.uint8
+        return "optimizer_step_8bit" if eight else "optimizer_step_32bit"
 
     def _are_plain(self, params: list[torch.Tensor], grads: list[torch.Tensor]) -> bool:
         """Whether the op can take these as they are."""
@@ -226,21 +203,13 @@ class Batch:
             gradient = gradient.to_dense()
         return gradient.to(self.dtype).contiguous()
 
-    def _limited(
-        self,
-        numbers: Numbers,
-        portion: range,
-        params: list[torch.Tensor],
-        grads: list[torch.Tensor],
-        states: list[State],
-    ) -> Numbers:
+    def _limited(self, numbers: Numbers, params: list[torch.Tensor], grads: list[torch.Tensor]) -> Numbers:
         """Limit the norms of the updates of whole parameters, of which the op sees shards: by the learning rates.
 
         A decoupled decay must not be scaled along, so it is taken here.
         """
         hypers = [numbers.hyper(index) for index in range(len(params))]
-        whole = [self.params[index] for index in portion]
-        scales = clip_scales(self.rule, whole, params, grads, states, hypers)
+        scales = clip_scales(self.rule, self.params, params, grads, self.states, hypers)
         columns = [torch.as_tensor([h[field] for h in hypers]) for field in (0, 1, 4, 5)]
         rates, *others = (column.to(self.device, torch.float64) for column in columns)
         if not RULES[self.rule].coupled_decay and numbers.weight_decay > 0.0:
@@ -250,7 +219,7 @@ class Batch:
         schedule = torch.stack((rates * scales, *others), dim=1)
         return numbers._replace(max_unorm=0.0, schedule=schedule)
 
-    def _numbers(self, states: list[State], portion: range) -> Numbers:
+    def _numbers(self) -> Numbers:
         betas = self.setting("betas", (0.0, 0.0))
         beta1, beta2 = betas[0], betas[1] if len(betas) > 1 else 0.0
         beta3, alpha = betas[2] if len(betas) > 2 else 0.0, self.setting("alpha", 0.0)
@@ -259,13 +228,13 @@ class Batch:
         steps: list[int] = []
         schedule = None
         if self.counter is not None:
-            now = self.counter[portion.start : portion.stop]
+            now = self.counter
             # A number is not copied to the device, which a captured graph could not do.
             rates = lr.to(now).expand_as(now) if isinstance(lr, torch.Tensor) else torch.full_like(now, lr)
             beta3s, alphas = beta3_on_device(now, beta1, beta3, t_beta3), alpha_on_device(now, alpha, t_alpha)
             schedule, lr = torch.stack((rates, now, beta3s, alphas), dim=1), 0.0
         else:
-            steps = [state["step"] for state in states]
+            steps = [state["step"] for state in self.states]
             if t_alpha is not None or t_beta3 is not None:
                 # One step number serves all: a plan never mixes numbers under a schedule.
                 alpha = alpha_at(steps[0], alpha, t_alpha)
@@ -282,15 +251,15 @@ class Batch:
             float(self.setting("gnorm_scale", 1.0)),
             float(self.setting("max_unorm", 0.0)),
             bool(self.setting("skip_zeros", False)),
-            self._seeds(portion),
+            self._seeds(self.positions),
             schedule,
         )
 
-    def _seeds(self, portion: range) -> list[int]:
+    def _seeds(self, positions: Sequence[int]) -> list[int]:
         if self.dtype is not torch.bfloat16 or not self.setting("stochastic_rounding", False):
             return []
         seed = int(self.setting("rounding_seed", 0))
-        return [seed + self.positions[index] for index in portion]
+        return [seed + position for position in positions]
 
 
 def _stored(states: list[State], eight: bool, two: bool) -> tuple[Any, ...]:
