@@ -146,10 +146,12 @@ def linear8(rates: Ceilings) -> Iterator[Row]:
             x = torch.randn(m, k, device="cuda", dtype=torch.float16)
             x[:, [3, 77, 901]] *= 20
             floor = rates.floor(n * k + 2 * m * (n + k), 2 * m * n * k / 1.9)
-            yield f"Linear8bitLt threshold {threshold:g} M={m}", by_clock(lambda x=x, f=layer: f(x), 50), floor
+            call = lambda x=x, f=layer: f(x)  # noqa: E731
+            yield f"Linear8bitLt threshold {threshold:g} M={m}, wall", by_clock(call, 50), floor
+            yield f"Linear8bitLt threshold {threshold:g} M={m}", by_graph([call] * 3), floor
             if threshold == 0:
                 floor = rates.floor(2 * n * k + 2 * m * (n + k), 2 * m * n * k)
-                yield f"torch linear float16 M={m}", by_clock(lambda x=x: plain(x), 50), floor
+                yield f"torch linear float16 M={m}, wall", by_clock(lambda x=x: plain(x), 50), floor
 
 
 def calls(rates: Ceilings) -> Iterator[Row]:

@@ -31,6 +31,19 @@ Statistics statistics(Pointer absmax, Pointer absmax_8bit, Pointer code, int cod
           nested_blocksize};
 }
 
+// `path` is a value of bnb_cuda.tuning.Int8Path; 0 finishes the integer product `product`.
+void multiply_int8(int path, const Launch& launch, const int32_t* product, const Gemm8& p) {
+  if (path == 0) {
+    int8_finish(launch, product, p);
+  } else if (path == 1) {
+    int8_gemm_few(launch, p);
+  } else if (path == 2) {
+    int8_gemm_tiles(launch, p);
+  } else {
+    int8_gemm_groups(launch, p);
+  }
+}
+
 }  // namespace
 
 NB_MODULE(_C, m) {
@@ -122,35 +135,29 @@ NB_MODULE(_C, m) {
                          as<void>(out), dtype);
   });
   m.def("int8_gemm_fits", &int8_gemm_fits);
-  // `path` is a value of bnb_cuda.tuning.Int8Path; 0 finishes the integer product `product`.
   m.def("int8_gemm", [](int path, int device, Pointer stream, Pointer product, Pointer a, Pointer b, int64_t m,
                         int64_t n, int64_t k, Pointer a_absmax, Pointer b_absmax, Pointer values, Pointer listed,
                         Pointer count, bool cleared, Pointer bias, int bias_dtype, Pointer out, int dtype) {
-    const Launch launch(device, stream);
-    const Gemm8 p{as<const int8_t>(a),
-                  as<const int8_t>(b),
-                  m,
-                  n,
-                  k,
-                  as<const float>(a_absmax),
-                  as<const float>(b_absmax),
-                  as<const void>(values),
-                  {nullptr, as<int>(listed), as<int>(count)},
-                  cleared,
-                  as<const void>(bias),
-                  bias_dtype,
-                  as<void>(out),
-                  dtype};
-    if (path == 0) {
-      int8_finish(launch, as<const int32_t>(product), p);
-    } else if (path == 1) {
-      int8_gemm_few(launch, p);
-    } else if (path == 2) {
-      int8_gemm_tiles(launch, p);
-    } else {
-      int8_gemm_groups(launch, p);
-    }
+    const Outliers outliers{nullptr, as<int>(listed), as<int>(count)};
+    multiply_int8(
+        path, Launch(device, stream), as<const int32_t>(product),
+        {as<const int8_t>(a), as<const int8_t>(b), m, n, k, as<const float>(a_absmax), as<const float>(b_absmax),
+         as<const void>(values), outliers, cleared, as<const void>(bias), bias_dtype, as<void>(out), dtype});
   });
+  // Quantization of rows and the product, for all paths but 0.
+  m.def("int8_linear",
+        [](int path, int device, Pointer stream, Pointer values, int dtype, int64_t m, int64_t n, int64_t k,
+           float threshold, Pointer codes, Pointer absmax, Pointer flags, Pointer listed, Pointer count, bool cleared,
+           Pointer b, Pointer b_absmax, Pointer bias, int bias_dtype, Pointer out) {
+          const Launch launch(device, stream);
+          const Outliers outliers{as<unsigned>(flags), as<int>(listed), as<int>(count)};
+          int8_quantize_rows(launch, as<const void>(values), dtype, m, k, threshold, as<int8_t>(codes),
+                             as<float>(absmax), outliers, cleared);
+          multiply_int8(path, launch, nullptr,
+                        {as<const int8_t>(codes), as<const int8_t>(b), m, n, k, as<const float>(absmax),
+                         as<const float>(b_absmax), threshold > 0.0f ? as<const void>(values) : nullptr, outliers,
+                         cleared, as<const void>(bias), bias_dtype, as<void>(out), dtype});
+        });
 
   m.attr("OPTIMIZER_COLUMNS") = OptimizerStep::kColumns;
   m.attr("OPTIMIZER_RULES") = bnb::kRules;

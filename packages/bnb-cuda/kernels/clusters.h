@@ -1,10 +1,8 @@
-// Clusters of thread blocks (compute capability 9.0): their launch, and rings that two of them fill for each other.
+// Clusters of thread blocks (compute capability 9.0): their grids, and rings that two of them fill for each other.
 #pragma once
 
-#include <utility>
-
 #include "barriers.h"
-#include "launch.h"
+#include "dependent.h"
 
 #ifndef BNB_HIP
 
@@ -24,28 +22,9 @@ __device__ __forceinline__ void release_stage(uint64_t* drained, int lane) {
 }
 
 // A persistent grid of clusters that take tiles in turn, at most one thread block on each multiprocessor.
-inline dim3 cluster_grid(const Launch& launch, int64_t tiles, int cluster) {
+inline Grid cluster_grid(const Launch& launch, int64_t tiles, int threads, int shared_bytes, int cluster) {
   const int64_t most = launch.processors() / cluster;
-  return dim3(static_cast<unsigned>((tiles < most ? tiles : most) * cluster));
-}
-
-// Launches a grid in clusters of `cluster` neighbours along its first dimension.
-template <class... Parameters, class... Arguments>
-void launch_clusters(void (*kernel)(Parameters...), dim3 grid, int threads, int shared_bytes, int cluster,
-                     const Launch& launch, const char* what, Arguments&&... arguments) {
-  cudaLaunchConfig_t config = {};
-  config.gridDim = grid;
-  config.blockDim = dim3(threads);
-  config.dynamicSmemBytes = shared_bytes;
-  config.stream = launch.stream();
-  cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim.x = cluster;
-  attribute.val.clusterDim.y = 1;
-  attribute.val.clusterDim.z = 1;
-  config.attrs = &attribute;
-  config.numAttrs = cluster > 1 ? 1 : 0;
-  check(cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...), what);
+  return {dim3(static_cast<unsigned>((tiles < most ? tiles : most) * cluster)), threads, shared_bytes, cluster};
 }
 
 }  // namespace bnb_gpu

@@ -128,10 +128,10 @@ struct BlockScale {
 
   __device__ __forceinline__ Stored fetch(int64_t block) const {
     if constexpr (!kNested) {
-      return {__ldg(statistics.absmax + block), 0u};
+      return {statistics.absmax[block], 0u};
     } else {
       const int64_t outer = kShift || nested_shift >= 0 ? block >> nested_shift : block / statistics.nested_blocksize;
-      return {__ldg(statistics.absmax + outer), __ldg(statistics.absmax_8bit + block)};
+      return {statistics.absmax[outer], statistics.absmax_8bit[block]};
     }
   }
 

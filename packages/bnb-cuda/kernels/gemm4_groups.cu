@@ -129,9 +129,17 @@ __global__ void __launch_bounds__(Shape<kTokens>::kThreads, 1)
     }
     publish_barriers();
     publish_to_matrix_units();
+    if (first_tile < tiles) {
+      const int row = first_tile / token_tiles * kRows, rotation = rotation_of(first_tile);
+      for (int step = 0; step < min(steps, kPrefetchedStages); ++step) {
+        prefetch_box(weight, column_of(rotation, step) / 2, row);
+      }
+    }
   }
-  const Scale scale_of(statistics, reinterpret_cast<float*>(shared + Layout::kNestedCode), problem.nested_shift);
   build_pair_table<T, kType>(reinterpret_cast<unsigned*>(shared + Layout::kTable));
+  wait_for_kernel_ahead();
+  let_kernel_behind_begin();
+  const Scale scale_of(statistics, reinterpret_cast<float*>(shared + Layout::kNestedCode), problem.nested_shift);
   __syncthreads();
 
   auto cluster = cooperative_groups::this_cluster();
@@ -185,10 +193,7 @@ __global__ void __launch_bounds__(Shape<kTokens>::kThreads, 1)
       commit_products();
     };
     const auto release = [&] {
-      __syncwarp();
-      if (lane == 0) {
-        arrive(drained + place.slot);
-      }
+      release_stage<1>(drained + place.slot, lane);
       place.advance();
     };
 
@@ -371,9 +376,9 @@ void run(const Launch& launch, const Gemm4& p, int split) {
                         p.bias,
                         p.bias_dtype};
   const int64_t tiles = ceil_div(p.n, kRows) * ceil_div(p.m, kTokens);
-  launch_clusters(kernel, dim3(split > 1 ? static_cast<unsigned>(tiles * split) : launch.grid(tiles, 1)),
-                  Layout::kThreads, Layout::kBytes, split, launch, "gemm_4bit", activations, weight, problem,
-                  p.statistics, static_cast<T*>(p.out));
+  const dim3 blocks(split > 1 ? static_cast<unsigned>(tiles * split) : launch.grid(tiles, 1));
+  launch_dependent(kernel, {blocks, Layout::kThreads, Layout::kBytes, split}, launch, "gemm_4bit", activations, weight,
+                   problem, p.statistics, static_cast<T*>(p.out));
 }
 
 }  // namespace

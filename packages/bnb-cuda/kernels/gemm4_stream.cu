@@ -7,7 +7,11 @@
 // a stage of a ring in shared memory. One warp has bulk copies bring its codes; memory is always busy. A few
 // warps bring its statistics and decode nested ones: they run ahead as far as the ring reaches, so that nobody
 // waits for a load. Sixteen warps share the columns of a stage and multiply.
+//
+// While the kernel ahead in the stream is still at work, tables are built and the first codes brought into the
+// second-level cache.
 #include "barriers.h"
+#include "dependent.h"
 #include "gemm4.h"
 
 namespace bnb_gpu {
@@ -125,8 +129,8 @@ __global__ void __launch_bounds__(kThreads, 1)
 
   if (threadIdx.x == kCopyWarp * kLanes) {
     for (int s = 0; s < kStages; ++s) {
-      initialize(full + s, 1 + kParts);
-      initialize(drained + s, kWarps);
+      initialize(full + s, 1 + kParts * kWarpArrivals);
+      initialize(drained + s, kWarps * kWarpArrivals);
     }
     publish_barriers();
   }
@@ -134,11 +138,26 @@ __global__ void __launch_bounds__(kThreads, 1)
   __syncthreads();
 
   if (warp == kCopyWarp) {
+    const int stages = (end - first) * segments;
+    // What this lane copies of a stage, a row; rows that the weight does not have it must not touch.
+    const auto codes_of = [&](const StageWalk& at) {
+      const int row = (at.strip + at.tile) * kRows;
+      return packed + static_cast<int64_t>(row + lane) * k / 2 + at.segment * (kStageColumns / 2);
+    };
+    const auto bytes_of = [&](const StageWalk& at) { return min(kStageColumns, k - at.segment * kStageColumns) / 2; };
+    const auto rows_of = [&](const StageWalk& at) { return min(kRows, n - (at.strip + at.tile) * kRows); };
+    StageWalk ahead = walk;
+    for (int stage = min(stages, kPrefetchedStages); stage > 0; --stage) {
+      if (lane < rows_of(ahead)) {
+        prefetch_bulk(codes_of(ahead), bytes_of(ahead));
+      }
+      ahead.advance();
+    }
+    wait_for_kernel_ahead();
+    let_kernel_behind_begin();
     RingPlace<kStages> place;
-    for (int stage = (end - first) * segments; stage > 0; --stage) {
-      const int row = (walk.strip + walk.tile) * kRows, rows = min(kRows, n - row);
-      const int bytes = min(kStageColumns, k - walk.segment * kStageColumns) / 2;
-      const uint8_t* from = packed + static_cast<int64_t>(row + lane) * k / 2 + walk.segment * (kStageColumns / 2);
+    for (int stage = stages; stage > 0; --stage) {
+      const int rows = rows_of(walk), bytes = bytes_of(walk);
       wait(drained + place.slot, place.parity ^ 1);
       if (lane == 0) {
         arrive_expecting(full + place.slot, bytes * rows);
@@ -146,7 +165,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       __syncwarp();
       // A lane per row. Of rows that the weight does not have, codes are whatever was there.
       if (lane < rows) {
-        copy_bulk(stage_codes(place.slot) + lane * kCodePitch, from, bytes, full + place.slot);
+        copy_bulk(stage_codes(place.slot) + lane * kCodePitch, codes_of(walk), bytes, full + place.slot);
       }
       place.advance();
       walk.advance();
@@ -159,6 +178,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     using Scale = BlockScale<kNested, true>;
     const int scale_warp = warp - kWarps;
     float* code = reinterpret_cast<float*>(shared + Layout::kNestedCode);
+    wait_for_kernel_ahead();
     const Scale scale_of(statistics, code, nested_shift, scale_warp * kLanes + lane, kScaleThreads);
     typename Scale::Stored raw[2][kRows];
     int part = 0;
@@ -206,10 +226,7 @@ __global__ void __launch_bounds__(kThreads, 1)
           for (int r = 0; r < kRows; ++r) {
             to[r * Layout::kScalePitch] = scale_of.value(raw[d][r]);
           }
-          __syncwarp();
-          if (lane == 0) {
-            arrive(full + place.slot);
-          }
+          arrive_as_warp(full + place.slot, lane);
           next_part(place, place_part, kScaleWarps);
           left -= kScaleWarps;
         }
@@ -235,7 +252,7 @@ __global__ void __launch_bounds__(kThreads, 1)
             reinterpret_cast<const uint4*>(a + static_cast<int64_t>(token) * k + column + t * kLaneValues);
 #pragma unroll
         for (int q = 0; q < kLaneValues / 8; ++q) {
-          const uint4 four = token < m && column < k ? __ldg(from + q) : make_uint4(0, 0, 0, 0);
+          const uint4 four = token < m && column < k ? from[q] : make_uint4(0, 0, 0, 0);
           values[c].words[j][4 * q] = four.x;
           values[c].words[j][4 * q + 1] = four.y;
           values[c].words[j][4 * q + 2] = four.z;
@@ -326,8 +343,11 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
   };
 
-  load_activations(0);
   build_pair_table<T, kType>(reinterpret_cast<unsigned*>(shared));
+  wait_for_kernel_ahead();
+  a = after_wait(a);
+  bias = after_wait(bias);
+  load_activations(0);
   synchronize_some(1, kMathThreads);
   RingPlace<kStages> place;
   for (int strip = first; strip < end; strip += kStripTiles) {
@@ -345,10 +365,7 @@ __global__ void __launch_bounds__(kThreads, 1)
               multiply(sums[r], place.slot, chunk, values + c);
             }
           }
-          __syncwarp();
-          if (lane == 0) {
-            arrive(drained + place.slot);
-          }
+          arrive_as_warp(drained + place.slot, lane);
           place.advance();
         }
       }
@@ -365,10 +382,10 @@ void run(const Launch& launch, const Gemm4& p) {
   constexpr int kShared = SharedLayout<kChunk, kTokenTiles>::kBytes;
   static SharedMemoryLimit limit;
   limit.raise(launch, reinterpret_cast<const void*>(kernel), kShared);
-  kernel<<<launch.grid(ceil_div(p.n, kRows), 1), kThreads, kShared, launch.stream()>>>(
-      static_cast<const T*>(p.a), static_cast<int>(p.m), static_cast<int>(p.n), static_cast<int>(p.k), p.packed,
-      p.statistics, exact_log2(p.blocksize), exact_log2(p.statistics.nested_blocksize), p.bias, p.bias_dtype,
-      static_cast<T*>(p.out));
+  launch_dependent(kernel, {dim3(launch.grid(ceil_div(p.n, kRows), 1)), kThreads, kShared}, launch, "gemm_4bit",
+                   static_cast<const T*>(p.a), static_cast<int>(p.m), static_cast<int>(p.n), static_cast<int>(p.k),
+                   p.packed, p.statistics, exact_log2(p.blocksize), exact_log2(p.statistics.nested_blocksize), p.bias,
+                   p.bias_dtype, static_cast<T*>(p.out));
 }
 
 }  // namespace

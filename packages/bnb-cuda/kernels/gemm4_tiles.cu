@@ -7,8 +7,8 @@
 // shared memory.
 #include <type_traits>
 
-#include "clusters.h"
 #include "copies.h"
+#include "dependent.h"
 #include "gemm4.h"
 
 #ifndef BNB_HIP
@@ -69,8 +69,13 @@ __global__ void __launch_bounds__(kThreads, kTokenTiles <= 2 ? 2 : 1)
   const int begin = static_cast<int>(static_cast<int64_t>(steps_total) * split / splits);
   const int end = static_cast<int>(static_cast<int64_t>(steps_total) * (split + 1) / splits);
 
-  const BlockScale<kNested, true> scale_of(statistics, nested_code, nested_shift);
   build_pair_table<T, kType>(table);
+  wait_for_kernel_ahead();
+  let_kernel_behind_begin();
+  a = after_wait(a);
+  packed = after_wait(packed);
+  bias = after_wait(bias);
+  const BlockScale<kNested, true> scale_of(statistics, nested_code, nested_shift);
   const unsigned lane_offset = 4 * lane;
 
   const auto stage_activations = [&](int step) {
@@ -242,20 +247,10 @@ void run(const Launch& launch, const Gemm4& p, int split) {
   limit.raise(launch, reinterpret_cast<const void*>(kernel), kShared);
   const dim3 grid(split, static_cast<unsigned>(ceil_div(p.n, kRows)),
                   static_cast<unsigned>(ceil_div(p.m, 8 * kTokenTiles)));
-  const auto arguments = [&](auto&& call) {
-    call(static_cast<const T*>(p.a), static_cast<int>(p.m), static_cast<int>(p.n), static_cast<int>(p.k), p.packed,
-         p.statistics, exact_log2(p.blocksize), exact_log2(p.statistics.nested_blocksize), p.bias, p.bias_dtype,
-         static_cast<T*>(p.out));
-  };
-#ifndef BNB_HIP
-  if (split > 1) {
-    arguments([&](auto... values) {
-      launch_clusters(kernel, grid, kThreads, kShared, split, launch, "gemm_4bit", values...);
-    });
-    return;
-  }
-#endif
-  arguments([&](auto... values) { kernel<<<grid, kThreads, kShared, launch.stream()>>>(values...); });
+  launch_dependent(kernel, {grid, kThreads, kShared, split}, launch, "gemm_4bit", static_cast<const T*>(p.a),
+                   static_cast<int>(p.m), static_cast<int>(p.n), static_cast<int>(p.k), p.packed, p.statistics,
+                   exact_log2(p.blocksize), exact_log2(p.statistics.nested_blocksize), p.bias, p.bias_dtype,
+                   static_cast<T*>(p.out));
 }
 
 }  // namespace

@@ -119,9 +119,14 @@ __global__ void __launch_bounds__(kThreads, 1)
       initialize(drained + s, kMathWarps * kCluster);
     }
     publish_barriers();
+    for (int step = 0; step < min(steps, kPrefetchedStages); ++step) {
+      prefetch_box(weight, step * kCodePitch, row_of(first_tile));
+    }
   }
-  const Scale scale_of(statistics, reinterpret_cast<float*>(shared + kNestedCode), p.nested_shift);
   build_value_table<kType>(reinterpret_cast<float2*>(shared + kTable));
+  wait_for_kernel_ahead();
+  let_kernel_behind_begin();
+  const Scale scale_of(statistics, reinterpret_cast<float*>(shared + kNestedCode), p.nested_shift);
   auto cluster = cooperative_groups::this_cluster();
   cluster.sync();
 
@@ -275,8 +280,8 @@ void run(const Launch& launch, const Gemm4& p) {
                         p.bias,
                         p.bias_dtype};
   const int64_t tiles = ceil_div(p.n, kRows * kCluster) * ceil_div(p.m, kTokens);
-  launch_clusters(kernel, cluster_grid(launch, tiles, kCluster), kThreads, kSharedBytes, kCluster, launch, "gemm_4bit",
-                  activations, weight, problem, p.statistics, static_cast<T*>(p.out));
+  launch_dependent(kernel, cluster_grid(launch, tiles, kThreads, kSharedBytes, kCluster), launch, "gemm_4bit",
+                   activations, weight, problem, p.statistics, static_cast<T*>(p.out));
 }
 
 }  // namespace

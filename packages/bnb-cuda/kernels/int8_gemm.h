@@ -27,6 +27,7 @@ template <class T>
 __device__ __forceinline__ float outlier_product(const T* values, const int8_t* codes, const int* columns, int count,
                                                  float b_absmax) {
   float sum = 0.0f;
+#pragma unroll 4
   for (int i = 0; i < count; ++i) {
     const int column = columns[i];
     sum = __fmaf_rn(to_float(values[column]), static_cast<float>(codes[column]), sum);

@@ -2,6 +2,7 @@
 // same division of work, with codes that need no decoding.
 #include <type_traits>
 
+#include "dependent.h"
 #include "int8_gemm.h"
 
 namespace bnb_gpu {
@@ -33,6 +34,26 @@ __global__ void __launch_bounds__(kThreads)
       rows[r][h] = b + static_cast<int64_t>(min(first_row + 16 * r + 8 * h + g, n - 1)) * k + t * 16;
     }
   }
+  if (warp * kChunk + t * 16 < k) {
+#pragma unroll
+    for (int r = 0; r < kRowTiles; ++r) {
+      prefetch(rows[r][0] + warp * kChunk);
+      prefetch(rows[r][1] + warp * kChunk);
+    }
+  }
+  wait_for_kernel_ahead();
+  let_kernel_behind_begin();
+  a = after_wait(a);
+  b = after_wait(b);
+  a_absmax = after_wait(a_absmax);
+  b_absmax = after_wait(b_absmax);
+  values = after_wait(values);
+  bias = after_wait(bias);
+#pragma unroll
+  for (int r = 0; r < kRowTiles; ++r) {
+    rows[r][0] = after_wait(rows[r][0]);
+    rows[r][1] = after_wait(rows[r][1]);
+  }
   uint4 codes[kDepth][kRowTiles][2];
   const auto fetch = [&](int slot, int chunk) {
     const int column = chunk * kChunk;
@@ -51,6 +72,21 @@ __global__ void __launch_bounds__(kThreads)
     }
   }
 
+  // The outlier columns, while the first codes are on their way.
+  constexpr int kOwn = (kRows * kTokens + kThreads - 1) / kThreads;  // elements that this thread finishes
+  float corrected[kOwn] = {};
+  if constexpr (kOutliers) {
+    const int count = *outliers.count;
+#pragma unroll
+    for (int e = 0; e < kOwn; ++e) {
+      const int i = threadIdx.x + e * kThreads, row = first_row + i % kRows, token = i / kRows;
+      if (row < n && token < m) {
+        corrected[e] = outlier_product(values + static_cast<int64_t>(token) * k, b + static_cast<int64_t>(row) * k,
+                                       outliers.columns, count, b_absmax[row]);
+      }
+    }
+  }
+
   int sums[kRowTiles][kTokenTiles][4] = {};
   for (int start = warp; start < chunks; start += kDepth * kWarps) {
 #pragma unroll
@@ -65,7 +101,7 @@ __global__ void __launch_bounds__(kThreads)
       for (int j = 0; j < kTokenTiles; ++j) {
         const int token = 8 * j + g;
         right[j] = token < m && column < k
-                       ? __ldg(reinterpret_cast<const uint4*>(a + static_cast<int64_t>(token) * k + column))
+                       ? *reinterpret_cast<const uint4*>(a + static_cast<int64_t>(token) * k + column)
                        : zero;
       }
 #pragma unroll
@@ -97,32 +133,27 @@ __global__ void __launch_bounds__(kThreads)
     }
   }
   __syncthreads();
-  const int count = kOutliers ? *outliers.count : 0;
-  for (int i = threadIdx.x; i < kRows * kTokens; i += kThreads) {
-    const int row = first_row + i % kRows, token = i / kRows;
+#pragma unroll
+  for (int e = 0; e < kOwn; ++e) {
+    const int i = threadIdx.x + e * kThreads, row = first_row + i % kRows, token = i / kRows;
     if (row < n && token < m) {
       int sum = 0;
 #pragma unroll
       for (int w = 0; w < kWarps; ++w) {
         sum += partial[w * kRows * kTokens + i];
       }
-      const float scale = b_absmax[row];
-      const float corrected = kOutliers
-                                  ? outlier_product(values + static_cast<int64_t>(token) * k,
-                                                    b + static_cast<int64_t>(row) * k, outliers.columns, count, scale)
-                                  : 0.0f;
-      out[static_cast<int64_t>(token) * n + row] =
-          from_float<T>(scaled_product(sum, a_absmax[token], scale, corrected, load_bias(bias, bias_dtype, row)));
+      out[static_cast<int64_t>(token) * n + row] = from_float<T>(
+          scaled_product(sum, a_absmax[token], b_absmax[row], corrected[e], load_bias(bias, bias_dtype, row)));
     }
   }
 }
 
 template <class T, bool kOutliers, int kRowTiles, int kTokenTiles>
 void run(const Launch& launch, const Gemm8& p) {
-  int8_few<T, kOutliers, kRowTiles, kTokenTiles>
-      <<<static_cast<unsigned>(ceil_div(p.n, 16 * kRowTiles)), kThreads, 0, launch.stream()>>>(
-          p.a, p.b, static_cast<int>(p.m), static_cast<int>(p.n), static_cast<int>(p.k), p.a_absmax, p.b_absmax,
-          static_cast<const T*>(p.values), p.outliers, p.bias, p.bias_dtype, static_cast<T*>(p.out));
+  const dim3 blocks(static_cast<unsigned>(ceil_div(p.n, 16 * kRowTiles)));
+  launch_dependent(int8_few<T, kOutliers, kRowTiles, kTokenTiles>, {blocks, kThreads}, launch, "int8_linear", p.a, p.b,
+                   static_cast<int>(p.m), static_cast<int>(p.n), static_cast<int>(p.k), p.a_absmax, p.b_absmax,
+                   static_cast<const T*>(p.values), p.outliers, p.bias, p.bias_dtype, static_cast<T*>(p.out));
 }
 
 }  // namespace

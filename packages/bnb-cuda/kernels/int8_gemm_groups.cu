@@ -73,58 +73,97 @@ template <int kTokens, int kRows>
 __device__ __forceinline__ void fetch_constants(float* constants, const Problem& p, int first_token, int first_row,
                                                 int thread) {
   for (int i = thread; i < kTokens; i += kGatherThreads) {
-    constants[i] = first_token + i < p.m ? __ldg(p.a_absmax + first_token + i) : 0.0f;
+    constants[i] = first_token + i < p.m ? p.a_absmax[first_token + i] : 0.0f;
   }
   for (int i = thread; i < kRows; i += kGatherThreads) {
     const int row = first_row + i;
-    constants[kTokens + i] = row < p.n ? __ldg(p.b_absmax + row) : 0.0f;
+    constants[kTokens + i] = row < p.n ? p.b_absmax[row] : 0.0f;
     constants[kTokens + kRows + i] = load_bias(row < p.n ? p.bias : nullptr, p.bias_dtype, row);
   }
 }
 
-// Gathers one batch of outlier columns, first of the activations, then of the weight's codes; zeros beyond the end.
+// Gathers `kAtOnce` times a pair of outlier columns in rows of one of the matrices; the loads of all of them are under
+// way before the first is needed. `pair_at` loads: of a row and two columns.
+template <int kRows, int kAtOnce, class PairAt>
+__device__ __forceinline__ void gather_rows(unsigned char* batch, int first_row, int rows, int own_column, int columns,
+                                            int thread, PairAt&& pair_at) {
+  const int pairs = (columns + 1) / 2, items = kRows * pairs;
+  // As often in all lanes, which tell each other the columns.
+  for (int begin = 0; begin < items; begin += kAtOnce * kGatherThreads) {
+    decltype(pair_at(0, 0, 0)) loaded[kAtOnce];
+#pragma unroll
+    for (int u = 0; u < kAtOnce; ++u) {
+      const int item = min(begin + u * kGatherThreads + thread, items - 1), pair = item % pairs;
+      const int left = shuffle(own_column, 2 * pair), right = shuffle(own_column, min(2 * pair + 1, columns - 1));
+      loaded[u] = pair_at(min(item / pairs, rows - 1), left, right);
+    }
+#pragma unroll
+    for (int u = 0; u < kAtOnce; ++u) {
+      const int item = begin + u * kGatherThreads + thread;
+      if (item < items) {
+        const int row = item / pairs, pair = item % pairs;
+        const unsigned both = row < rows ? loaded[u].pack() : 0u;
+        *reinterpret_cast<unsigned*>(batch + batch_offset(first_row + row, pair)) =
+            2 * pair + 1 < columns ? both : both & 0xffffu;
+      }
+    }
+  }
+}
+
+// Two values of a row of activations with what their codes stand for, and two codes of a row of the weight.
+template <class T, bool kCoded>
+struct ValuePair {
+  T values[2];
+  int8_t codes[2];
+  float absmax;
+
+  __device__ __forceinline__ unsigned pack() const {
+    const float scale = absmax * (1.0f / 127.0f);
+    return kCoded ? pack_pair<T>(to_float(values[0]) - codes[0] * scale, to_float(values[1]) - codes[1] * scale)
+                  : pack_pair<T>(to_float(values[0]), to_float(values[1]));
+  }
+};
+
+template <class T>
+struct CodePair {
+  int8_t codes[2];
+
+  __device__ __forceinline__ unsigned pack() const { return pack_pair<T>(codes[0], codes[1]); }
+};
+
+// Gathers one batch of outlier columns: rows of the activations, then of the weight's codes; zeros beyond the end.
 template <class T, int kTokens, int kRows>
 __device__ __forceinline__ void gather(unsigned char* batch, const Problem& p, int first_token, int first_row,
                                        int first, int count, int thread) {
-  const T* values = static_cast<const T*>(p.values);
-  const int columns = min(kBatch, count - first);
-  // A thread keeps to one pair of columns.
-  const int pair = thread % (kBatch / 2), begin = thread / (kBatch / 2);
-  const bool has[2] = {2 * pair < columns, 2 * pair + 1 < columns};
-  int column[2];
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    column[i] = has[i] ? p.outliers.columns[first + 2 * pair + i] : 0;
+  const int columns = min(kBatch, count - first), lane = thread % kLanes;
+  const int own_column = lane < columns ? p.outliers.columns[first + lane] : 0;
+  // Pairs of columns that the batch does not have.
+  const int pairs = (columns + 1) / 2, absent = kBatch / 2 - pairs;
+  for (int i = thread; i < (kTokens + kRows) * absent; i += kGatherThreads) {
+    *reinterpret_cast<unsigned*>(batch + batch_offset(i / absent, pairs + i % absent)) = 0u;
   }
-  constexpr int kStride = kGatherThreads / (kBatch / 2);
-#pragma unroll 2
-  for (int row = begin; row < kTokens + kRows; row += kStride) {
-    T two[2] = {from_float<T>(0.0f), from_float<T>(0.0f)};
-    if (row < kTokens) {
-      const int64_t from = static_cast<int64_t>(first_token + row) * p.k;
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        if (has[i] && first_token + row < p.m) {
-          two[i] = values[from + column[i]];
-          if (p.token_codes != nullptr) {
-            const float coded = p.token_codes[from + column[i]] * (p.a_absmax[first_token + row] * (1.0f / 127.0f));
-            two[i] = from_float<T>(to_float(two[i]) - coded);
-          }
-        }
-      }
-    } else {
-      const int64_t from = static_cast<int64_t>(first_row + row - kTokens) * p.k;
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        if (has[i] && first_row + row - kTokens < p.n) {
-          two[i] = from_float<T>(static_cast<float>(p.codes[from + column[i]]));
-        }
-      }
-    }
-    unsigned bits;
-    memcpy(&bits, two, sizeof bits);
-    *reinterpret_cast<unsigned*>(batch + batch_offset(row, pair)) = bits;
+  const T* values = static_cast<const T*>(p.values) + static_cast<int64_t>(first_token) * p.k;
+  const int8_t* token_codes = p.token_codes + static_cast<int64_t>(first_token) * p.k;
+  const int tokens = min(kTokens, p.m - first_token);
+  if (p.token_codes != nullptr) {
+    gather_rows<kTokens, 2>(batch, 0, tokens, own_column, columns, thread, [&](int row, int left, int right) {
+      const int64_t from = static_cast<int64_t>(row) * p.k;
+      return ValuePair<T, true>{{values[from + left], values[from + right]},
+                                {token_codes[from + left], token_codes[from + right]},
+                                p.a_absmax[first_token + row]};
+    });
+  } else {
+    gather_rows<kTokens, 2>(batch, 0, tokens, own_column, columns, thread, [&](int row, int left, int right) {
+      const int64_t from = static_cast<int64_t>(row) * p.k;
+      return ValuePair<T, false>{{values[from + left], values[from + right]}, {}, 0.0f};
+    });
   }
+  const int8_t* codes = p.codes + static_cast<int64_t>(first_row) * p.k;
+  gather_rows<kRows, 4>(batch, kTokens, min(kRows, p.n - first_row), own_column, columns, thread,
+                        [&](int row, int left, int right) {
+                          const int64_t from = static_cast<int64_t>(row) * p.k;
+                          return CodePair<T>{{codes[from + left], codes[from + right]}};
+                        });
 }
 
 // Four lanes hold a pair of neighbouring columns each of four groups of eight columns; afterwards each lane holds
@@ -203,11 +242,14 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
     for (int s = 0; s < kSlots; ++s) {
       initialize(gathered + s, kGatherThreads);
-      initialize(used + s, kMathWarps);
+      initialize(used + s, kMathWarps * kWarpArrivals);
       initialize(known + s, kGatherThreads);
-      initialize(read + s, kMathWarps);
+      initialize(read + s, kMathWarps * kWarpArrivals);
     }
     publish_barriers();
+    for (int step = 0; step < min(steps, kPrefetchedStages); ++step) {
+      prefetch_box(weight, step * kStep, row_of(first_tile) + rank * Layout::kBoxRows);
+    }
   }
   auto cluster = cooperative_groups::this_cluster();
   if constexpr (kCluster > 1) {
@@ -215,6 +257,9 @@ __global__ void __launch_bounds__(kThreads, 1)
   } else {
     __syncthreads();
   }
+
+  wait_for_kernel_ahead();
+  let_kernel_behind_begin();
 
   if (warp >= kMathWarps) {
     keep_fewer_registers<72>();
@@ -327,10 +372,7 @@ __global__ void __launch_bounds__(kThreads, 1)
               sums[4 * j + i] = __float_as_int(four[i]);
             }
           }
-          __syncwarp();
-          if (lane == 0) {
-            arrive(used + batch_place.slot);
-          }
+          arrive_as_warp(used + batch_place.slot, lane);
           batch_place.advance();
         }
       }
@@ -357,10 +399,7 @@ __global__ void __launch_bounds__(kThreads, 1)
           store_rows<T>(out, words[h], p, token + 8 * h, first_row + 32 * q, t);
         }
       }
-      __syncwarp();
-      if (lane == 0) {
-        arrive(read + constants_place.slot);
-      }
+      arrive_as_warp(read + constants_place.slot, lane);
       constants_place.advance();
     }
   }
@@ -393,8 +432,8 @@ void run(const Launch& launch, const Gemm8& p) {
                         p.bias,
                         p.bias_dtype};
   const int64_t tiles = ceil_div(p.n, kRows) * ceil_div(p.m, kTokens * kCluster);
-  launch_clusters(kernel, cluster_grid(launch, tiles, kCluster), kThreads, Layout::kBytes, kCluster, launch,
-                  "int8_linear", activations, weight, problem, static_cast<T*>(p.out));
+  launch_dependent(kernel, cluster_grid(launch, tiles, kThreads, Layout::kBytes, kCluster), launch, "int8_linear",
+                   activations, weight, problem, static_cast<T*>(p.out));
 }
 
 // A tile that the kernel is built for, and what it costs: bytes per column are brought at the rate of 40 per cycle,

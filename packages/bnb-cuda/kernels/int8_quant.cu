@@ -1,86 +1,12 @@
 // Row-wise (and column-wise) int8 quantization of LLM.int8(), with outlier columns found on the device.
 #include <type_traits>
 
-#include "block.h"
-#include "gemm4.h"
-#include "kernels.h"
+#include "int8_quant.h"
 
 namespace bnb_gpu {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kPerVector = 8;
-constexpr float kLargestCode = 127.0f;
-
-// Division as fast as the hardware has it: the bits of bitsandbytes 0.50.2.
-__device__ __forceinline__ float scale_of(float absmax) { return __fdividef(kLargestCode, absmax); }
-
-// As the reference: the reciprocal first, the quotient first where that overflows; NaN gives 0.
-__device__ __forceinline__ int8_t encode(float value, float absmax, float scale) {
-  const float scaled = isinf(scale) ? value / absmax * kLargestCode : value * scale;
-  return static_cast<int8_t>(scaled == scaled ? __float2int_rn(scaled) : 0);
-}
-
-// Magnitude of a value that counts in absmax, on the bits; neither NaN nor an outlier does.
-__device__ __forceinline__ unsigned inlier_bits(float value, float threshold) {
-  const unsigned bits = bnb::magnitude_bits_or_zero(value);
-  return threshold > 0.0f && bnb::float_of(bits) >= threshold ? 0u : bits;
-}
-
-// In global or shared memory. A flag that is known is not set again, since all rows would wait for each other.
-__device__ __forceinline__ void flag_column(unsigned* flags, int64_t column) {
-  const unsigned bit = 1u << (column % 32);
-  if ((*reinterpret_cast<volatile unsigned*>(flags + column / 32) & bit) == 0) {
-    atomicOr(flags + column / 32, bit);
-  }
-}
-
-__device__ __forceinline__ bool is_flagged(const unsigned* flags, int64_t column) {
-  return (flags[column / 32] >> (column % 32) & 1u) != 0;
-}
-
-// Turns flags into an ascending list; `word_of` reads them. The whole thread block calls this.
-template <class WordOf>
-__device__ void list_columns(WordOf&& word_of, int64_t words, int* __restrict__ columns, int* __restrict__ count) {
-  __shared__ int ends[32];
-  __shared__ int total;
-  const int lane = threadIdx.x % kLanes, group = threadIdx.x / kLanes;
-  if (threadIdx.x == 0) {
-    total = 0;
-  }
-  for (int64_t base = 0; base < words; base += blockDim.x) {
-    const int64_t word = base + threadIdx.x;
-    unsigned bits = word < words ? word_of(word) : 0u;
-    int before = __popc(bits);
-    const int own = before;
-    for (int step = 1; step < kLanes; step <<= 1) {
-      const int other = shuffle(before, lane - step < 0 ? lane : lane - step);
-      before += lane >= step ? other : 0;
-    }
-    __syncthreads();
-    if (lane == kLanes - 1) {
-      ends[group] = before;
-    }
-    __syncthreads();
-    int place = total + before - own;
-    for (int i = 0; i < group; ++i) {
-      place += ends[i];
-    }
-    while (bits != 0) {
-      const int bit = __ffs(static_cast<int>(bits)) - 1;
-      columns[place++] = static_cast<int>(word * 32 + bit);
-      bits &= bits - 1;
-    }
-    __syncthreads();
-    if (threadIdx.x == blockDim.x - 1) {
-      total = place;
-    }
-    __syncthreads();
-  }
-  if (threadIdx.x == 0) {
-    *count = total;
-  }
-}
 
 // The thread block that is the last to get here lists the columns that all of them have flagged. The word after the
 // flags counts thread blocks.
@@ -105,8 +31,10 @@ __global__ void __launch_bounds__(kThreads)
     quantize_row(const T* __restrict__ x, int columns, float threshold, int8_t* __restrict__ codes,
                  float* __restrict__ absmax, const Outliers outliers) {
   __shared__ unsigned scratch[kLanes];
+  let_kernel_behind_begin();
+  wait_for_kernel_ahead();
   const int64_t row = blockIdx.x;
-  const T* from = x + row * columns;
+  const T* from = after_wait(x) + row * columns;
   Vector<T, kPerVector> values[kVectors];
 #pragma unroll
   for (int v = 0; v < kVectors; ++v) {
@@ -161,8 +89,10 @@ __global__ void __launch_bounds__(kThreads)
     quantize_row_any(const T* __restrict__ x, int64_t columns, float threshold, int8_t* __restrict__ codes,
                      float* __restrict__ absmax, const Outliers outliers) {
   __shared__ unsigned scratch[kLanes];
+  let_kernel_behind_begin();
+  wait_for_kernel_ahead();
   const int64_t row = blockIdx.x;
-  const T* from = x + row * columns;
+  const T* from = after_wait(x) + row * columns;
   unsigned bits = 0;
   for (int64_t i = threadIdx.x; i < columns; i += kThreads) {
     const float value = to_float(from[i]);
@@ -189,72 +119,14 @@ __global__ void __launch_bounds__(kThreads)
 __global__ void __launch_bounds__(kThreads)
     clear_columns(int8_t* __restrict__ codes, int64_t rows, int64_t columns, const int* __restrict__ listed,
                   const int* __restrict__ count) {
-  const int64_t total = rows * *count;
+  let_kernel_behind_begin();
+  wait_for_kernel_ahead();
+  listed = after_wait(listed);
+  const int64_t total = rows * *after_wait(count);
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < total;
        i += static_cast<int64_t>(gridDim.x) * kThreads) {
     codes[i % rows * columns + listed[i / rows]] = 0;
   }
-}
-
-constexpr int kFewThreads = 1024;
-constexpr int kFewWarps = kFewThreads / kLanes;
-constexpr int kFewColumns = 16384;
-// Elements beyond which more thread blocks are faster, though each of the steps is a launch then.
-constexpr int64_t kFewElements = 1 << 15;
-
-// A few rows with outliers, everything in one thread block, whose warps share the rows. Columns: a multiple of 8.
-template <class T>
-__global__ void __launch_bounds__(kFewThreads)
-    quantize_few_rows(const T* __restrict__ x, int rows, int columns, int warps_per_row, float threshold,
-                      int8_t* __restrict__ codes, float* __restrict__ absmax, const Outliers outliers) {
-  __shared__ unsigned flags[kFewColumns / 32];
-  __shared__ unsigned largest[kFewWarps];
-  const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes;
-  const int row = warp / warps_per_row, member = warp % warps_per_row;
-  const int words = (columns + 31) / 32, stride = warps_per_row * kLanes * kPerVector;
-  const int first = (member * kLanes + lane) * kPerVector;
-  const bool busy = row < rows;
-  const T* from = x + static_cast<int64_t>(row) * columns;
-  for (int i = threadIdx.x; i < words; i += kFewThreads) {
-    flags[i] = 0;
-  }
-  __syncthreads();
-  unsigned bits = 0;
-#pragma unroll 4
-  for (int column = first; busy && column < columns; column += stride) {
-    const auto values = *reinterpret_cast<const Vector<T, kPerVector>*>(from + column);
-#pragma unroll
-    for (int i = 0; i < kPerVector; ++i) {
-      const float value = to_float(values.values[i]);
-      bits = max(bits, inlier_bits(value, threshold));
-      if (fabsf(value) >= threshold) {
-        flag_column(flags, column + i);
-      }
-    }
-  }
-  bits = group_max<kLanes>(bits);
-  if (lane == 0) {
-    largest[warp] = bits;
-  }
-  __syncthreads();
-  for (int i = 0; i < warps_per_row; ++i) {
-    bits = max(bits, largest[row * warps_per_row + i]);
-  }
-  const float most = bnb::float_of(bits), scale = scale_of(most);
-  if (busy && member == 0 && lane == 0) {
-    absmax[row] = most;
-  }
-#pragma unroll 4
-  for (int column = first; busy && column < columns; column += stride) {
-    const auto values = *reinterpret_cast<const Vector<T, kPerVector>*>(from + column);
-    Vector<int8_t, kPerVector> out;
-#pragma unroll
-    for (int i = 0; i < kPerVector; ++i) {
-      out.values[i] = is_flagged(flags, column + i) ? 0 : encode(to_float(values.values[i]), most, scale);
-    }
-    *reinterpret_cast<Vector<int8_t, kPerVector>*>(codes + static_cast<int64_t>(row) * columns + column) = out;
-  }
-  list_columns([&](int64_t word) { return flags[word]; }, words, outliers.columns, outliers.count);
 }
 
 // Values of neighbouring columns of one row; zeros beyond the last column.
@@ -379,12 +251,12 @@ __global__ void __launch_bounds__(kThreads)
 template <class T>
 void quantize(const Launch& launch, const T* x, int64_t rows, int64_t columns, float threshold, int8_t* codes,
               float* absmax, const Outliers& outliers) {
-  const unsigned grid = static_cast<unsigned>(rows);
+  const Grid grid{dim3(static_cast<unsigned>(rows)), kThreads};
   if (columns % kPerVector == 0 && columns <= 16384) {
     const int vectors = static_cast<int>(ceil_div(columns, kThreads * kPerVector));
     const auto go = [&](auto count) {
-      quantize_row<T, decltype(count)::value>
-          <<<grid, kThreads, 0, launch.stream()>>>(x, static_cast<int>(columns), threshold, codes, absmax, outliers);
+      launch_dependent(quantize_row<T, decltype(count)::value>, grid, launch, kQuantization, x,
+                       static_cast<int>(columns), threshold, codes, absmax, outliers);
     };
     switch (vectors) {
       case 1:
@@ -398,49 +270,28 @@ void quantize(const Launch& launch, const T* x, int64_t rows, int64_t columns, f
         return go(std::integral_constant<int, 8>{});
     }
   }
-  quantize_row_any<T><<<grid, kThreads, 0, launch.stream()>>>(x, columns, threshold, codes, absmax, outliers);
+  launch_dependent(quantize_row_any<T>, grid, launch, kQuantization, x, columns, threshold, codes, absmax, outliers);
 }
 
 // Without a row no thread block would write the number of columns.
 void prepare(const Launch& launch, const Outliers& outliers, int64_t rows, int64_t columns) {
-  check(gpuMemsetAsync(outliers.flags, 0, (ceil_div(columns, 32) + 1) * 4, launch.stream()), "int8 quantization");
+  check(gpuMemsetAsync(outliers.flags, 0, (ceil_div(columns, 32) + 1) * 4, launch.stream()), kQuantization);
   if (rows == 0) {
-    check(gpuMemsetAsync(outliers.count, 0, 4, launch.stream()), "int8 quantization");
+    check(gpuMemsetAsync(outliers.count, 0, 4, launch.stream()), kQuantization);
   }
 }
 
 void clear(const Launch& launch, const Outliers& outliers, int8_t* codes, int64_t rows, int64_t columns) {
-  clear_columns<<<launch.grid(ceil_div(rows * 16, kThreads), 4), kThreads, 0, launch.stream()>>>(
-      codes, rows, columns, outliers.columns, outliers.count);
-}
-
-// Whether one thread block takes all rows.
-bool are_few(int64_t rows, int64_t columns) {
-  return rows > 0 && rows <= kFewWarps && columns > 0 && columns <= kFewColumns && columns % kPerVector == 0 &&
-         rows * columns <= kFewElements;
-}
-
-void quantize_few(const Launch& launch, const void* x, int dtype, int64_t rows, int64_t columns, float threshold,
-                  int8_t* codes, float* absmax, const Outliers& outliers) {
-  int warps_per_row = kFewWarps;
-  while (warps_per_row * rows > kFewWarps) {
-    warps_per_row /= 2;
-  }
-  with_dtype(dtype, [&](auto type) {
-    using T = typename decltype(type)::type;
-    quantize_few_rows<T><<<1, kFewThreads, 0, launch.stream()>>>(static_cast<const T*>(x), static_cast<int>(rows),
-                                                                 static_cast<int>(columns), warps_per_row, threshold,
-                                                                 codes, absmax, outliers);
-  });
+  launch_dependent(clear_columns, {dim3(launch.grid(ceil_div(rows * 16, kThreads), 4)), kThreads}, launch,
+                   kQuantization, codes, rows, columns, outliers.columns, outliers.count);
 }
 
 }  // namespace
 
 void int8_quantize_rows(const Launch& launch, const void* x, int dtype, int64_t rows, int64_t columns, float threshold,
                         int8_t* codes, float* absmax, const Outliers& outliers, bool cleared) {
-  if (threshold > 0.0f && are_few(rows, columns)) {
-    quantize_few(launch, x, dtype, rows, columns, threshold, codes, absmax, outliers);
-    check_launch("int8_vectorwise_quant");
+  if (threshold > 0.0f &&
+      int8_quantize_few_rows(launch, x, dtype, rows, columns, threshold, codes, absmax, outliers, cleared)) {
     return;
   }
   if (threshold > 0.0f && columns > 0) {

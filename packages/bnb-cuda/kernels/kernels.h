@@ -66,7 +66,7 @@ void gemm_4bit_wide(const Launch&, const Gemm4&);
 // A few rows in any dtype, of any size, block size and table of 16 values: plain float32 arithmetic.
 void gemv_4bit(const Launch&, const Gemm4&, const float* code);
 
-// --- int8_quant.cu ---------------------------------------------------------------------------------
+// --- int8_quant*.cu ---------------------------------------------------------------------------------
 // Outlier columns of a matrix, found on the device. `flags` has one bit per column and a word that counts
 // (ceil(columns / 32) + 1 words, zeroed by quantize_rows); `columns` lists the set bits in ascending order, `count`
 // their number.

@@ -57,7 +57,17 @@ __device__ __forceinline__ void copy_box(void* to, const CUtensorMap& map, int c
 #endif
 }
 
-// The same into the shared memory of all thread blocks of the cluster that are in `ranks`, at the same place, where
+// Brings the box into the second-level cache only.
+__device__ __forceinline__ void prefetch_box(const CUtensorMap& map, int column, int row) {
+#if BNB_BULK_COPIES
+  asm volatile(
+      "cp.async.bulk.prefetch.tensor.2d.L2.global.tile [%0, {%1, %2}];" ::"l"(reinterpret_cast<uint64_t>(&map)),
+      "r"(column), "r"(row)
+      : "memory");
+#endif
+}
+
+// `copy_box` into the shared memory of all thread blocks of the cluster that are in `ranks`, at the same place, where
 // their barriers at the same place count the bytes.
 __device__ __forceinline__ void copy_box_to(unsigned short ranks, void* to, const CUtensorMap& map, int column, int row,
                                             uint64_t* barrier) {

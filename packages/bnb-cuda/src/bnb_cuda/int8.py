@@ -302,7 +302,7 @@ def bind_int8_linear(
     device, index = CB.device, CB.device.index
     weight, weight_absmax = CB.data_ptr(), SCB.data_ptr()
     bias_address, bias_dtype = address(bias), dtype_number(bias)
-    quantize, multiply, stream = _C.int8_quantize_rows, _C.int8_gemm, stream_of
+    linear, stream = _C.int8_linear, stream_of
     weight_of = weakref.ref(CB)
     # Sizes that the library takes without a copy of the weight.
     whole = n % LIBRARY_MULTIPLE == 0 and k % LIBRARY_MULTIPLE == 0
@@ -312,9 +312,12 @@ def bind_int8_linear(
 
     def run(A: Tensor) -> Tensor | None:
         rows, dtype = rows_of(A), A.dtype
-        path, stored = plan(rows, n, k, dtype, index), weight_of()
-        library = path is Int8Path.LIBRARY
-        if rows == 0 or (library and (rows <= _LIBRARY_ROWS or not whole or stored is None)):
+        path, stored = plan(rows, n, k, dtype, index), None
+        if path is Int8Path.LIBRARY:
+            stored = weight_of()
+            if rows <= _LIBRARY_ROWS or not whole or stored is None:
+                return None
+        if rows == 0:
             return None
         A = A if is_plain(A) else plain(A)
         out = empty((*A.shape[:-1], n), dtype=dtype, device=device)
@@ -326,17 +329,41 @@ def bind_int8_linear(
             flags = absmax + rows * 4
             columns = flags + flag_bytes
             count = columns + k * 4
-        where, cleared = (index, stream(index)), path is not Int8Path.GROUPS
-        quantize(*where, values, number, rows, k, threshold, codes, absmax, flags, columns, count, cleared)
-        product = 0
-        if library and stored is not None:
-            with torch._C.DisableTorchFunctionSubclass():
-                integers = torch._int_mm(space[: rows * k].view(torch.int8).view(rows, k), stored.t())
-            product = integers.data_ptr()
-        multiply(
+        on, cleared = stream(index), path is not Int8Path.GROUPS
+        if stored is None:
+            linear(
+                path.value,
+                index,
+                on,
+                values,
+                number,
+                rows,
+                n,
+                k,
+                threshold,
+                codes,
+                absmax,
+                flags,
+                columns,
+                count,
+                cleared,
+                weight,
+                weight_absmax,
+                bias_address,
+                bias_dtype,
+                out.data_ptr(),
+            )
+            return out
+        _C.int8_quantize_rows(
+            index, on, values, number, rows, k, threshold, codes, absmax, flags, columns, count, cleared
+        )
+        with torch._C.DisableTorchFunctionSubclass():
+            integers = torch._int_mm(space[: rows * k].view(torch.int8).view(rows, k), stored.t())
+        _C.int8_gemm(
             path.value,
-            *where,
-            product,
+            index,
+            on,
+            integers.data_ptr(),
             codes,
             weight,
             rows,

@@ -1,0 +1,90 @@
+// What the kernels of int8 quantization share: scales, codes, and the list of outlier columns.
+#pragma once
+
+#include "block.h"
+#include "dependent.h"
+#include "gemm4.h"
+#include "kernels.h"
+
+namespace bnb_gpu {
+
+constexpr int kPerVector = 8;
+constexpr float kLargestCode = 127.0f;
+// For messages.
+constexpr char kQuantization[] = "int8 quantization";
+
+// Division as fast as the hardware has it: the bits of bitsandbytes 0.50.2.
+__device__ __forceinline__ float scale_of(float absmax) { return __fdividef(kLargestCode, absmax); }
+
+// As the reference: the reciprocal first, the quotient first where that overflows; NaN gives 0.
+__device__ __forceinline__ int8_t encode(float value, float absmax, float scale) {
+  const float scaled = isinf(scale) ? value / absmax * kLargestCode : value * scale;
+  return static_cast<int8_t>(scaled == scaled ? __float2int_rn(scaled) : 0);
+}
+
+// Magnitude of a value that counts in absmax, on the bits; neither NaN nor an outlier does.
+__device__ __forceinline__ unsigned inlier_bits(float value, float threshold) {
+  const unsigned bits = bnb::magnitude_bits_or_zero(value);
+  return threshold > 0.0f && bnb::float_of(bits) >= threshold ? 0u : bits;
+}
+
+// In global or shared memory. A flag that is known is not set again, since all rows would wait for each other.
+__device__ __forceinline__ void flag_column(unsigned* flags, int64_t column) {
+  const unsigned bit = 1u << (column % 32);
+  if ((*reinterpret_cast<volatile unsigned*>(flags + column / 32) & bit) == 0) {
+    atomicOr(flags + column / 32, bit);
+  }
+}
+
+__device__ __forceinline__ bool is_flagged(const unsigned* flags, int64_t column) {
+  return (flags[column / 32] >> (column % 32) & 1u) != 0;
+}
+
+// Turns flags into an ascending list; `word_of` reads them. The whole thread block calls this.
+template <class WordOf>
+__device__ void list_columns(WordOf&& word_of, int64_t words, int* __restrict__ columns, int* __restrict__ count) {
+  __shared__ int ends[32];
+  __shared__ int total;
+  const int lane = threadIdx.x % kLanes, group = threadIdx.x / kLanes;
+  if (threadIdx.x == 0) {
+    total = 0;
+  }
+  for (int64_t base = 0; base < words; base += blockDim.x) {
+    const int64_t word = base + threadIdx.x;
+    unsigned bits = word < words ? word_of(word) : 0u;
+    int before = __popc(bits);
+    const int own = before;
+    for (int step = 1; step < kLanes; step <<= 1) {
+      const int other = shuffle(before, lane - step < 0 ? lane : lane - step);
+      before += lane >= step ? other : 0;
+    }
+    __syncthreads();
+    if (lane == kLanes - 1) {
+      ends[group] = before;
+    }
+    __syncthreads();
+    int place = total + before - own;
+    for (int i = 0; i < group; ++i) {
+      place += ends[i];
+    }
+    while (bits != 0) {
+      const int bit = __ffs(static_cast<int>(bits)) - 1;
+      columns[place++] = static_cast<int>(word * 32 + bit);
+      bits &= bits - 1;
+    }
+    __syncthreads();
+    if (threadIdx.x == blockDim.x - 1) {
+      total = place;
+    }
+    __syncthreads();
+  }
+  if (threadIdx.x == 0) {
+    *count = total;
+  }
+}
+
+// A few rows with outliers, in one launch; false, with nothing done, if that is not the way for so many.
+bool int8_quantize_few_rows(const Launch& launch, const void* x, int dtype, int64_t rows, int64_t columns,
+                            float threshold, int8_t* codes, float* absmax, const Outliers& outliers, bool cleared);
+
+}  // namespace bnb_gpu
