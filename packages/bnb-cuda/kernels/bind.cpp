@@ -82,6 +82,7 @@ NB_MODULE(_C, m) {
                          as<const float>(code), code_size, count, blocksize, as<void>(out), dtype);
   });
 
+  m.attr("MOST_SPLIT") = kMostSplit;
   m.def("gemm_4bit_fits", &gemm_4bit_fits);
   // `path` is a value of bnb_cuda.tuning.Path; plain arithmetic (0) needs the table `table`.
   m.def("gemm_4bit",

@@ -27,7 +27,6 @@ constexpr int kHalf = kChunk / 2;
 constexpr int kStep = 2 * kChunk;  // columns of a stage
 constexpr int kCodePitch = kStep / 2;
 constexpr int kCodeBytes = kRows * kCodePitch;
-constexpr int kMostSplit = 8;  // thread blocks of a cluster
 
 template <int kTokens>
 struct Shape {

@@ -440,6 +440,7 @@ void run(const Launch& launch, const Gemm8& p) {
 // 4096 products are made in one.
 struct Tile {
   int tokens, rows;
+  bool in_pairs;  // whether two thread blocks share rows of the weight where there are tokens for both
 
   int64_t cost(int64_t m, int64_t n, int processors) const {
     const int64_t rounds = ceil_div(ceil_div(m, tokens) * ceil_div(n, rows), processors);
@@ -448,34 +449,43 @@ struct Tile {
   }
 };
 
-}  // namespace
+constexpr Tile kTiles[] = {{64, 64, false}, {64, 128, false}, {128, 64, false}, {128, 128, false}, {128, 256, true}};
+constexpr int kTileCount = sizeof kTiles / sizeof *kTiles;
 
-void int8_gemm_groups(const Launch& launch, const Gemm8& p) {
-  constexpr Tile kTiles[] = {{64, 64}, {64, 128}, {128, 64}, {128, 128}, {128, 256}};
+int cheapest_tile(int64_t m, int64_t n, int processors) {
   int chosen = 0;
-  for (int i = 1; i < 5; ++i) {
+  for (int i = 1; i < kTileCount; ++i) {
     // Of equals the larger tile, which reads less.
-    if (kTiles[i].cost(p.m, p.n, launch.processors()) <= kTiles[chosen].cost(p.m, p.n, launch.processors())) {
+    if (kTiles[i].cost(m, n, processors) <= kTiles[chosen].cost(m, n, processors)) {
       chosen = i;
     }
   }
-  const bool pairs = ceil_div(p.m, 128) % 2 == 0;
+  return chosen;
+}
+
+template <class T, bool kOutliers, int kIndex = 0>
+void run_tile(int chosen, const Launch& launch, const Gemm8& p) {
+  if constexpr (kIndex < kTileCount) {
+    if (kIndex != chosen) {
+      return run_tile<T, kOutliers, kIndex + 1>(chosen, launch, p);
+    }
+    constexpr Tile kTile = kTiles[kIndex];
+    if constexpr (kTile.in_pairs) {
+      if (ceil_div(p.m, kTile.tokens) % 2 == 0) {
+        return run<T, kOutliers, kTile.tokens, kTile.rows, 2>(launch, p);
+      }
+    }
+    run<T, kOutliers, kTile.tokens, kTile.rows, 1>(launch, p);
+  }
+}
+
+}  // namespace
+
+void int8_gemm_groups(const Launch& launch, const Gemm8& p) {
+  const int chosen = cheapest_tile(p.m, p.n, launch.processors());
   with_half_dtype(p.dtype, [&](auto type) {
     with_outliers(p, [&](auto outliers) {
-      using T = typename decltype(type)::type;
-      constexpr bool kOutliers = decltype(outliers)::value;
-      switch (chosen) {
-        case 0:
-          return run<T, kOutliers, 64, 64, 1>(launch, p);
-        case 1:
-          return run<T, kOutliers, 64, 128, 1>(launch, p);
-        case 2:
-          return run<T, kOutliers, 128, 64, 1>(launch, p);
-        case 3:
-          return run<T, kOutliers, 128, 128, 1>(launch, p);
-        default:
-          return pairs ? run<T, kOutliers, 128, 256, 2>(launch, p) : run<T, kOutliers, 128, 256, 1>(launch, p);
-      }
+      run_tile<typename decltype(type)::type, decltype(outliers)::value>(chosen, launch, p);
     });
   });
   check_launch("int8_linear");

@@ -57,6 +57,8 @@ bool gemm_4bit_fits(int64_t n, int64_t k, int64_t blocksize, int dtype, int capa
 void gemm_4bit_few(const Launch&, const Gemm4&);
 // The same on compute capabilities 9.0 to 10.x, which have the shared memory for it.
 void gemm_4bit_stream(const Launch&, const Gemm4&);
+// Thread blocks of the largest cluster that may be launched anywhere.
+constexpr int kMostSplit = 8;
 // Any number of rows; `split` thread blocks of a cluster share k (1 where there are no clusters).
 void gemm_4bit_tiles(const Launch&, const Gemm4&, int split);
 // The same on compute capability 9.0, blocks of a multiple of 64.

@@ -7,6 +7,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "architectures.h"
 #include "vendor.h"
 
 namespace bnb_gpu {
@@ -24,8 +25,25 @@ constexpr int kMaxDevices = 64;
 // Properties of a device, read once.
 struct DeviceInfo {
   int processors;
-  int capability;  // 90 for compute capability 9.0
+  int capability;  // 90 for compute capability 9.0: of the code that the device runs, which may be older than itself
 };
+
+// The architecture of the code for a device.
+inline int code_of(int capability) {
+#ifdef BNB_CUDA_ARCHITECTURES
+  const int architecture = architecture_for(BNB_CUDA_ARCHITECTURES, capability);
+  if (architecture == 0) {
+    throw std::runtime_error("bnb-cuda: this build has no code for compute capability " +
+                             std::to_string(capability / 10) + "." + std::to_string(capability % 10) +
+                             ", only for " BNB_CUDA_ARCHITECTURES
+                             "; install a wheel of bnb-cuda, or build with CUDAARCHS=" +
+                             std::to_string(capability));
+  }
+  return architecture;
+#else
+  return capability;
+#endif
+}
 
 inline const DeviceInfo& device_info(int device) {
   static DeviceInfo known[kMaxDevices] = {};
@@ -35,7 +53,7 @@ inline const DeviceInfo& device_info(int device) {
     check(gpuDeviceGetAttribute(&processors, gpuDevAttrMultiProcessorCount, device), "reading device attributes");
     check(gpuDeviceGetAttribute(&major, gpuDevAttrComputeCapabilityMajor, device), "reading device attributes");
     check(gpuDeviceGetAttribute(&minor, gpuDevAttrComputeCapabilityMinor, device), "reading device attributes");
-    info.capability = major * 10 + minor;
+    info.capability = code_of(major * 10 + minor);
     info.processors = processors;
   }
   return info;

@@ -98,3 +98,8 @@ def test_int8_paths():
     assert plan_int8(17, 4099, half, True, 80) is Int8Path.TILES
     assert plan_int8(4096, 4099, half, True, 80) is Int8Path.LIBRARY
     assert plan_int8(1, 4096, half, False, 90) is Int8Path.LIBRARY
+
+
+def test_the_module_has_clusters_as_wide():
+    native = pytest.importorskip("bnb_cuda._C", reason="the native module bnb_cuda._C is not built")
+    assert native.MOST_SPLIT == MOST_SPLIT

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+MOST_SPLIT: int
 OPTIMIZER_COLUMNS: int
 OPTIMIZER_RULES: int
 
