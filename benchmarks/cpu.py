@@ -1,11 +1,12 @@
 """Quantization and layers on the CPU, next to torch and to another release of bitsandbytes.
 
-    python benchmarks/cpu.py [--peer PYTHON] [--rounds N] [--busy] [--json FILE]
+    python benchmarks/cpu.py [--peer PYTHON] [--torchao PYTHON] [--rounds N] [--busy] [--json FILE]
 
 Each library runs in a process of its own, in turns, so that a change of the machine's mood hits all of
 them; the figure is the median of all calls of all turns, or with ``--busy`` the least processor time per
 thread. ``--peer`` names the interpreter of an environment with the other release. Only names that both
-releases have are used.
+releases have are used. ``--torchao`` names that of an environment with torchao, whose nearest relatives of
+two of the layers are timed in compiled form.
 """
 
 from __future__ import annotations
@@ -116,19 +117,40 @@ def layers(seconds: float) -> Iterator[tuple[str, Pairs]]:
                 yield f"{name} {name_of(dtype)} M={rows}", timed(forward(layer, rows, dtype), seconds)
 
 
+def torchao_measurements(seconds: float) -> Iterator[tuple[str, Pairs]]:
+    """Compiled layers of torchao, by the layer that each is next to: NF4 weights, and int8 weights and activations."""
+    from torchao.prototype._nf4tensor_api import NF4WeightOnlyConfig
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+
+    relatives = {
+        "Linear4bit nf4 nested": NF4WeightOnlyConfig,
+        "Linear8bitLt t=0": Int8DynamicActivationInt8WeightConfig,
+    }
+    for dtype in DTYPES:
+        for name, configuration in relatives.items():
+            holder = torch.nn.Sequential(torch.nn.Linear(SIZE, SIZE, bias=False, dtype=dtype)).eval()
+            quantize_(holder, configuration())
+            layer = torch.compile(holder)
+            for rows in ROWS:
+                yield f"{name} {name_of(dtype)} M={rows}", timed(forward(layer, rows, dtype), seconds)
+            torch._dynamo.reset()
+
+
 def work(library: str, seconds: float) -> None:
     """Write the times of a library to standard output."""
     torch.manual_seed(0)
     if library == "torch":
         found = dict(torch_measurements(seconds))
+    elif library == "torchao":
+        found = dict(torchao_measurements(seconds))
     else:
         found = dict(quantization(seconds)) | dict(layers(seconds))
     print(json.dumps(found))
 
 
-def collect(peer: str | None, rounds: int, seconds: float, busy: bool) -> Times:
-    """Times by library and case."""
-    interpreters = {"torch": sys.executable, "bitsandbytes": sys.executable, "peer": peer}
+def collect(others: dict[str, str | None], rounds: int, seconds: float, busy: bool) -> Times:
+    """Times by library and case; ``others``: interpreters of libraries that this environment does not have."""
+    interpreters = {"torch": sys.executable, "bitsandbytes": sys.executable, **others}
     found: Times = {}
     # Threads that spin while they wait would count as work.
     environment = os.environ | ({"OMP_WAIT_POLICY": "PASSIVE"} if busy else {})
@@ -166,8 +188,8 @@ def report(found: Times, busy: bool) -> str:
         f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}, copy "
         f"{2 * 4 * 2**24 / copy / 1e6:.1f} GB/s{', least processor time' if busy else ', median on the clock'}.",
         "",
-        "| case | ms | peer ms | peer / ours | nn.Linear ms | nn.Linear / ours |",
-        "| --- | --- | --- | --- | --- | --- |",
+        "| case | ms | peer ms | peer / ours | nn.Linear ms | nn.Linear / ours | torchao ms | torchao / ours |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for case in found["bitsandbytes"]:
         ours, theirs = figure("bitsandbytes", case), figure("peer", case)
@@ -177,7 +199,7 @@ def report(found: Times, busy: bool) -> str:
         dense = figure("torch", f"nn.Linear{marker}{rest}") if marker else None
         assert ours is not None
         cells = [case, f"{ours:.2f}"]
-        for other in (theirs, dense):
+        for other in (theirs, dense, figure("torchao", case)):
             cells += ["", ""] if other is None else [f"{other:.2f}", f"{other / ours:.1f}"]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -187,6 +209,7 @@ def main() -> None:
     """Entry of the program."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer", help="interpreter of an environment with another release of bitsandbytes")
+    parser.add_argument("--torchao", help="interpreter of an environment with torchao")
     parser.add_argument("--rounds", type=int, default=3, help="turns of each library (default: 3)")
     parser.add_argument("--seconds", type=float, default=0.5, help="time for each case of a turn (default: 0.5)")
     parser.add_argument("--busy", action="store_true", help="take processor time, for a machine with other work")
@@ -196,7 +219,8 @@ def main() -> None:
     if options.work:
         work(options.work, options.seconds)
         return
-    found = collect(options.peer, options.rounds, options.seconds, options.busy)
+    others = {"peer": options.peer, "torchao": options.torchao}
+    found = collect(others, options.rounds, options.seconds, options.busy)
     if options.json:
         options.json.write_text(json.dumps(found), encoding="utf-8")
     print(report(found, options.busy))

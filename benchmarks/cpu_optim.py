@@ -1,12 +1,13 @@
 """Optimizer steps on the CPU, next to torch and to another release of bitsandbytes.
 
-    python benchmarks/cpu_optim.py [--peer PYTHON] [--rounds N] [--busy] [--json FILE]
+    python benchmarks/cpu_optim.py [--peer PYTHON] [--torchao PYTHON] [--rounds N] [--busy] [--json FILE]
 
 Each library runs in a process of its own, in turns, so that a change of the machine's mood hits all of
 them; the figure is the median of all steps of all turns. ``--peer`` names the interpreter of an environment
-with the other release. "Floor" is the time that the measured copy bandwidth needs for the bytes that a step
-has to read and to write. ``--busy``, for a machine that has other work, takes the processor time of all
-threads by their number instead of the time on the clock; threads then sleep instead of spinning.
+with the other release, ``--torchao`` that of one with torchao. "Floor" is the time that the measured copy
+bandwidth needs for the bytes that a step has to read and to write. ``--busy``, for a machine that has other
+work, takes the processor time of all threads by their number instead of the time on the clock; threads then
+sleep instead of spinning.
 """
 
 from __future__ import annotations
@@ -112,6 +113,14 @@ def measurements(library: str, seconds: float) -> Iterator[tuple[str, list[tuple
         for case in TORCH_CASES:
             yield case.id, timed(torch.optim.AdamW(tensors_of(case), lr=1e-4, **case.settings).step, seconds)
         return
+    if library == "torchao":
+        from torchao.optim import AdamW8bit
+
+        for case in CASES:
+            # It compiles a step with all tensors in it; thousands of them would take too long.
+            if case.name == "AdamW8bit" and case.count <= 16:
+                yield case.id, timed(AdamW8bit(tensors_of(case), lr=1e-4).step, seconds)
+        return
     import bitsandbytes
 
     for case in CASES:
@@ -130,9 +139,9 @@ def work(library: str, seconds: float) -> None:
 Times = dict[str, dict[str, list[tuple[float, float]]]]
 
 
-def collect(peer: str | None, rounds: int, seconds: float, busy: bool) -> Times:
-    """Times by library and case."""
-    interpreters = {"torch": sys.executable, "bitsandbytes": sys.executable, "peer": peer}
+def collect(others: dict[str, str | None], rounds: int, seconds: float, busy: bool) -> Times:
+    """Times by library and case; ``others``: interpreters of libraries that this environment does not have."""
+    interpreters = {"torch": sys.executable, "bitsandbytes": sys.executable, **others}
     found: Times = {}
     environment = os.environ | ({"OMP_WAIT_POLICY": "PASSIVE"} if busy else {})
     for _round in range(rounds):
@@ -158,17 +167,18 @@ def report(found: Times, busy: bool) -> str:
         f"Copy of 64 MiB: {copy:.2f} ms, {bandwidth / 1e6:.1f} GB/s. torch {torch.__version__}, "
         f"{torch.get_num_threads()} threads{', processor time' if busy else ''}.",
         "",
-        "| case | floor ms | ms | x floor | peer ms | peer / ours |",
-        "| --- | --- | --- | --- | --- | --- |",
+        "| case | floor ms | ms | x floor | peer ms | peer / ours | torchao ms | torchao / ours |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for case in (*CASES, *TORCH_CASES):
         ours = median["torch" if case in TORCH_CASES else "bitsandbytes"].get(case.id)
-        peer = median.get("peer", {}).get(case.id)
         floor = case.traffic / bandwidth
         if ours is not None:
-            cells = (f"{floor:.2f}", f"{ours:.2f}", f"{ours / floor:.2f}")
-            theirs = ("", "") if peer is None else (f"{peer:.1f}", f"{peer / ours:.1f}")
-            lines.append("| " + " | ".join((case.id, *cells, *theirs)) + " |")
+            cells = [case.id, f"{floor:.2f}", f"{ours:.2f}", f"{ours / floor:.2f}"]
+            for library in ("peer", "torchao"):
+                other = median.get(library, {}).get(case.id)
+                cells += ["", ""] if other is None else [f"{other:.1f}", f"{other / ours:.1f}"]
+            lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -176,6 +186,7 @@ def main() -> None:
     """Entry of the program."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer", help="interpreter of an environment with another release of bitsandbytes")
+    parser.add_argument("--torchao", help="interpreter of an environment with torchao")
     parser.add_argument("--rounds", type=int, default=3, help="turns of each library (default: 3)")
     parser.add_argument("--seconds", type=float, default=1.0, help="time for each case of a turn (default: 1)")
     parser.add_argument("--busy", action="store_true", help="take processor time, for a machine with other work")
@@ -185,7 +196,8 @@ def main() -> None:
     if options.work:
         work(options.work, options.seconds)
         return
-    found = collect(options.peer, options.rounds, options.seconds, options.busy)
+    others = {"peer": options.peer, "torchao": options.torchao}
+    found = collect(others, options.rounds, options.seconds, options.busy)
     if options.json:
         options.json.write_text(json.dumps(found))
     print(report(found, options.busy))

@@ -241,7 +241,15 @@ void with_weight4(const uint8_t* packed, int64_t rows, int64_t width, const floa
   for (int64_t i = 0; absmax_8bit != nullptr && i < 256; ++i) {
     full_code[i] = code[min_of(i, code_size - 1)];
   }
-  const Absmax4 statistics{absmax, absmax_8bit, full_code, absmax_8bit == nullptr ? 0.0f : *offset, 0};
+  const uint8_t* planes = nullptr;
+#if defined(__AVX512VBMI__)
+  uint8_t bytes[kPlaneBytes];
+  if (absmax_8bit != nullptr) {
+    split_into_planes(full_code, bytes);
+    planes = bytes;
+  }
+#endif
+  const Absmax4 statistics{absmax, absmax_8bit, full_code, planes, absmax_8bit == nullptr ? 0.0f : *offset, 0};
   body(make_weight4(packed, rows, width, blocksize, values, statistics));
 }
 

@@ -256,8 +256,8 @@ struct ScaledBFloat16Dot {
 // Rows of the weight that go through one stretch of the activations together.
 constexpr int64_t kDotBlock = 16;
 
-// Most statistics of a block of rows that are expanded together.
-constexpr int64_t kBlockScales = 1024;
+// Most statistics of a block of rows that are expanded together, with room for a block at each end.
+constexpr int64_t kBlockScales = 4096 + 2;
 
 // Adds the products over elements [k, k + count) of kWeights weight rows, in grouped order, to
 // totals[m * kDotBlock + r]. A stretch is too short for the processor to foresee it in the next rows.
@@ -328,9 +328,10 @@ void dot_weight(const Weight4& weight, const typename Dot::Word* acts, int threa
       for (int64_t i = 0; i < kDotBlock * kActs; ++i) {
         totals[i] = splat(0.0f);
       }
-      // Rows of one stretch have few statistics each: those of a block are expanded at once.
+      // Rows of one stretch have few statistics each, and nested ones want their codebook in registers: those of a
+      // block are expanded at once.
       float buffer[kBlockScales + kLanes];
-      const bool together = weight.width <= kStretch && (rows * weight.width >> weight.shift) + 2 <= kBlockScales;
+      const bool together = (rows * weight.width >> weight.shift) + 2 <= kBlockScales;
       const Scales4 scales = together ? scales_of(weight, first, 0, rows * weight.width, buffer) : Scales4{};
       const Scales4* const expanded = together ? &scales : nullptr;
       for (int64_t k = 0; k < weight.width; k += kStretch) {

@@ -36,6 +36,7 @@ struct Absmax4 {
   const float* absmax;
   const uint8_t* absmax_8bit;  // null: plain
   const float* code;           // 256 entries
+  const uint8_t* planes;       // their bytes, where these are looked up
   float offset;
   int64_t blocks;
 
@@ -59,6 +60,15 @@ struct Absmax4 {
         const int64_t block = first + i;
         const int64_t stop = min_of(count, (block / kNestedBlocksize + 1) * kNestedBlocksize - first);
         const float outer = absmax[block / kNestedBlocksize];
+#if defined(__AVX512VBMI__)
+        for (const Planes256 tables(planes); i + 4 * kLanes <= stop; i += 4 * kLanes) {
+          F32 found[4];
+          lookup64(tables, absmax_8bit + first + i, found);
+          for (int j = 0; j < 4; ++j) {
+            store(buffer + i + j * kLanes, found[j] * splat(outer) + splat(offset));
+          }
+        }
+#endif
         for (; i + kLanes <= stop; i += kLanes) {
           store(buffer + i, lookup(table, load_bytes(absmax_8bit + first + i)) * splat(outer) + splat(offset));
         }

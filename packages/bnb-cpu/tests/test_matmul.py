@@ -241,3 +241,21 @@ def test_short_codebook_of_nested_statistics(isa: str, generator: torch.Generato
     for rows in (1, 20):
         A = torch.randn(rows, 512, generator=generator)
         assert_product(weight.times(A), A, weight.exact().t())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(40, 2048), (3, 8 * 8200), (33, 576)])
+def test_nested_statistics_of_every_code(
+    isa: str, shape: tuple[int, int], dtype: torch.dtype, generator: torch.Generator
+) -> None:
+    """They are expanded to the very numbers that the contract gives, in whichever way."""
+    nested = Weight(shape, 8, "nf4", True, generator)
+    codes, code, offset = nested.statistics
+    assert codes is not None
+    codes.copy_(torch.randint(0, 256, codes.shape, generator=generator, dtype=torch.uint8))
+    codes[:256] = torch.randperm(256, generator=generator).to(torch.uint8)
+    plain = Weight(shape, 8, "nf4", False, generator)
+    plain.packed, plain.absmax = nested.packed, expand_absmax(nested.absmax, codes, code, offset)
+    for rows in (1, 8, 20):
+        A = torch.randn(rows, shape[1], generator=generator).to(dtype)
+        assert torch.equal(nested.times(A), plain.times(A))
