@@ -133,6 +133,57 @@ def test_graph_capture_and_side_streams_give_the_same():
         assert torch.equal(one, three)
 
 
+@pytest.mark.parametrize("rows", [1, 12, 40, 70, 300])
+@pytest.mark.parametrize("kind", ["nf4", "nested", "int8"])
+def test_a_kernel_sees_what_the_one_ahead_of_it_wrote(kind, rows):
+    """Each kernel may begin before the one ahead of it has ended, whose results it multiplies."""
+    size = 1024
+    weights = [torch.randn(size, size, device="cuda", dtype=torch.float16) / size**0.5 for _ in range(4)]
+    if kind == "int8":
+        coded = [F.int8_vectorwise_quant(weight)[:2] for weight in weights]
+        layers = [
+            lambda x, c=codes, s=stats: torch.ops.bitsandbytes.int8_linear(x, c, s, 3.0, None) for codes, stats in coded
+        ]
+    else:
+        coded = [F.quantize_4bit(w, quant_type="nf4", compress_statistics=kind == "nested") for w in weights]
+        layers = [lambda x, p=packed, s=state: bnb.matmul_4bit(x, p.t(), quant_state=s) for packed, state in coded]
+    inputs = [torch.randn(rows, size, device="cuda", dtype=torch.float16) for _ in range(20)]
+
+    def through_all(x, between=lambda: None):
+        for layer in layers:
+            x = layer(x)
+            between()
+        return x
+
+    expected = [through_all(x, torch.cuda.synchronize) for x in inputs]
+    assert all(torch.equal(through_all(x), y) for x, y in zip(inputs, expected, strict=True))
+    # Memory of results is used again at once, so that what comes late or is read early shows.
+    held = torch.empty_like(inputs[0])
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = through_all(held)
+    for x, y in zip(inputs, expected, strict=True):
+        held.copy_(x)
+        graph.replay()
+        assert torch.equal(captured, y)
+
+
+def test_a_product_sees_a_weight_that_was_just_written():
+    weight = torch.randn(2048, 2048, device="cuda", dtype=torch.bfloat16)
+    x = torch.randn(1, 2048, device="cuda", dtype=torch.bfloat16)
+    expected, packed, state = [], *F.quantize_4bit(weight, quant_type="nf4")
+    others = [F.quantize_4bit(weight * factor + 1, quant_type="nf4") for factor in range(1, 9)]
+    for codes, own in others:
+        torch.cuda.synchronize()
+        expected.append(bnb.matmul_4bit(x, codes.t(), quant_state=own))
+    results = []
+    for codes, own in others:
+        packed.copy_(codes)
+        state.absmax.copy_(own.absmax)
+        results.append(bnb.matmul_4bit(x, packed.t(), quant_state=state))
+    assert all(torch.equal(one, two) for one, two in zip(results, expected, strict=True))
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_device_that_is_not_current():
     with torch.cuda.device(1):
