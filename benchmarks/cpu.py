@@ -148,8 +148,11 @@ def work(library: str, seconds: float) -> None:
     print(json.dumps(found))
 
 
-def collect(others: dict[str, str | None], rounds: int, seconds: float, busy: bool) -> Times:
-    """Times by library and case; ``others``: interpreters of libraries that this environment does not have."""
+def collect(script: str, others: dict[str, str | None], rounds: int, seconds: float, busy: bool) -> Times:
+    """Times by library and case, as ``script --work LIBRARY --seconds N`` prints them.
+
+    ``others``: interpreters of libraries that this environment does not have.
+    """
     interpreters = {"torch": sys.executable, "bitsandbytes": sys.executable, **others}
     found: Times = {}
     # Threads that spin while they wait would count as work.
@@ -158,7 +161,7 @@ def collect(others: dict[str, str | None], rounds: int, seconds: float, busy: bo
         for library, interpreter in interpreters.items():
             if interpreter is None:
                 continue
-            command = [interpreter, str(Path(__file__).resolve()), "--work", library, "--seconds", str(seconds)]
+            command = [interpreter, str(Path(script).resolve()), "--work", library, "--seconds", str(seconds)]
             output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout
             for case, times in json.loads(output.splitlines()[-1]).items():
                 found.setdefault(library, {}).setdefault(case, []).extend(times)
@@ -220,7 +223,7 @@ def main() -> None:
         work(options.work, options.seconds)
         return
     others = {"peer": options.peer, "torchao": options.torchao}
-    found = collect(others, options.rounds, options.seconds, options.busy)
+    found = collect(__file__, others, options.rounds, options.seconds, options.busy)
     if options.json:
         options.json.write_text(json.dumps(found), encoding="utf-8")
     print(report(found, options.busy))

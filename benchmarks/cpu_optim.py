@@ -14,9 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -24,6 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from cpu import Times, collect
 
 MILLION = 2**20
 
@@ -136,25 +135,6 @@ def work(library: str, seconds: float) -> None:
     print(json.dumps(dict(measurements(library, seconds))))
 
 
-Times = dict[str, dict[str, list[tuple[float, float]]]]
-
-
-def collect(others: dict[str, str | None], rounds: int, seconds: float, busy: bool) -> Times:
-    """Times by library and case; ``others``: interpreters of libraries that this environment does not have."""
-    interpreters = {"torch": sys.executable, "bitsandbytes": sys.executable, **others}
-    found: Times = {}
-    environment = os.environ | ({"OMP_WAIT_POLICY": "PASSIVE"} if busy else {})
-    for _round in range(rounds):
-        for library, interpreter in interpreters.items():
-            if interpreter is None:
-                continue
-            command = [interpreter, str(Path(__file__).resolve()), "--work", library, "--seconds", str(seconds)]
-            output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout
-            for case, times in json.loads(output.splitlines()[-1]).items():
-                found.setdefault(library, {}).setdefault(case, []).extend(times)
-    return found
-
-
 def report(found: Times, busy: bool) -> str:
     """A Markdown table."""
     median = {
@@ -197,7 +177,7 @@ def main() -> None:
         work(options.work, options.seconds)
         return
     others = {"peer": options.peer, "torchao": options.torchao}
-    found = collect(others, options.rounds, options.seconds, options.busy)
+    found = collect(__file__, others, options.rounds, options.seconds, options.busy)
     if options.json:
         options.json.write_text(json.dumps(found))
     print(report(found, options.busy))

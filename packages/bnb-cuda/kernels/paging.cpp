@@ -17,27 +17,17 @@ uintptr_t allocate_managed(int device, int64_t bytes) {
 }
 
 void free_managed(uintptr_t address) {
-#if defined(BNB_HIP)
-  (void)hipFree(reinterpret_cast<void*>(address));
-#else
   // Python frees when it likes to, maybe while a graph is captured, which this must not break.
-  cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
-  (void)cudaThreadExchangeStreamCaptureMode(&mode);
-  (void)cudaFree(reinterpret_cast<void*>(address));
-  (void)cudaThreadExchangeStreamCaptureMode(&mode);
-#endif
+  gpuStreamCaptureMode mode = gpuStreamCaptureModeRelaxed;
+  (void)gpuThreadExchangeStreamCaptureMode(&mode);
+  (void)gpuFree(reinterpret_cast<void*>(address));
+  (void)gpuThreadExchangeStreamCaptureMode(&mode);
 }
 
 bool is_capturing(const Launch& launch) {
-#if defined(BNB_HIP)
-  hipStreamCaptureStatus status = hipStreamCaptureStatusNone;
-  check(hipStreamIsCapturing(launch.stream(), &status), "asking whether a stream is captured");
-  return status != hipStreamCaptureStatusNone;
-#else
-  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
-  check(cudaStreamIsCapturing(launch.stream(), &status), "asking whether a stream is captured");
-  return status != cudaStreamCaptureStatusNone;
-#endif
+  gpuStreamCaptureStatus status = gpuStreamCaptureStatusNone;
+  check(gpuStreamIsCapturing(launch.stream(), &status), "asking whether a stream is captured");
+  return status != gpuStreamCaptureStatusNone;
 }
 
 void prefetch_managed(const Launch& launch, uintptr_t address, int64_t bytes, bool to_host) {

@@ -24,6 +24,12 @@
 #define gpuMallocManaged hipMallocManaged
 #define gpuMemAttachGlobal hipMemAttachGlobal
 #define gpuFree hipFree
+#define gpuStreamCaptureMode hipStreamCaptureMode
+#define gpuStreamCaptureModeRelaxed hipStreamCaptureModeRelaxed
+#define gpuThreadExchangeStreamCaptureMode hipThreadExchangeStreamCaptureMode
+#define gpuStreamCaptureStatus hipStreamCaptureStatus
+#define gpuStreamCaptureStatusNone hipStreamCaptureStatusNone
+#define gpuStreamIsCapturing hipStreamIsCapturing
 #define gpuMemsetAsync hipMemsetAsync
 #define gpuFuncSetAttribute hipFuncSetAttribute
 #define gpuOccupancyMaxActiveBlocksPerMultiprocessor hipOccupancyMaxActiveBlocksPerMultiprocessor
@@ -50,6 +56,12 @@ using bfloat16_t = __hip_bfloat16;
 #define gpuMallocManaged cudaMallocManaged
 #define gpuMemAttachGlobal cudaMemAttachGlobal
 #define gpuFree cudaFree
+#define gpuStreamCaptureMode cudaStreamCaptureMode
+#define gpuStreamCaptureModeRelaxed cudaStreamCaptureModeRelaxed
+#define gpuThreadExchangeStreamCaptureMode cudaThreadExchangeStreamCaptureMode
+#define gpuStreamCaptureStatus cudaStreamCaptureStatus
+#define gpuStreamCaptureStatusNone cudaStreamCaptureStatusNone
+#define gpuStreamIsCapturing cudaStreamIsCapturing
 #define gpuMemsetAsync cudaMemsetAsync
 #define gpuFuncSetAttribute cudaFuncSetAttribute
 #define gpuOccupancyMaxActiveBlocksPerMultiprocessor cudaOccupancyMaxActiveBlocksPerMultiprocessor
