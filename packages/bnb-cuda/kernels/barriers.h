@@ -56,10 +56,12 @@ constexpr int kWarpArrivals = 1;
 
 // Arrives for a warp.
 __device__ __forceinline__ void arrive_as_warp(uint64_t* barrier, int lane) {
+#if BNB_BULK_COPIES
   __syncwarp();
   if (lane < kWarpArrivals) {
     arrive(barrier);
   }
+#endif
 }
 
 // Arrives at the same barrier of another thread block of the cluster.
