@@ -11,6 +11,7 @@ from bitsandbytes.backends.dispatch import chained, has_keyword_only
 from bitsandbytes.contract import OPS, TensorSpec, check_dtype, check_result_buffer, check_same_device, check_that
 from bitsandbytes.errors import ArgumentError, ArgumentTypeError, BackendError
 from bitsandbytes.ops import fourbit_matmul
+from bitsandbytes.ops.common import block_count
 
 NAMES = list(OPS)
 
@@ -219,13 +220,38 @@ BROKEN_PRODUCTS = {
 }
 
 
+@pytest.fixture
+def no_product_has_passed(monkeypatch):
+    monkeypatch.setattr(fourbit_matmul, "_passed", set())
+
+
+@pytest.mark.usefixtures("no_product_has_passed")
 @pytest.mark.parametrize("kind", USUAL_PRODUCTS)
-def test_usual_products_are_recognized_at_once_and_broken_ones_are_refused(kind):
-    usual = USUAL_PRODUCTS[kind]
-    assert fourbit_matmul._is_usual(*usual.values())
-    for name, values in BROKEN_PRODUCTS.items():
-        for value in [*values, *((None,) if kind == "nested" and name.startswith("absmax_") else ())]:
-            broken = usual | {name: value}
-            assert not fourbit_matmul._is_usual(*broken.values()), (name, value)
-            with pytest.raises((ArgumentError, ArgumentTypeError)):
-                OPS["gemm_4bit"].check(*broken.values())
+def test_products_that_have_passed_are_recognized_and_broken_ones_are_refused(kind, monkeypatch):
+    check, usual = OPS["gemm_4bit"].check, USUAL_PRODUCTS[kind]
+
+    def refuse_broken():
+        for name, values in BROKEN_PRODUCTS.items():
+            for value in [*values, *((None,) if kind == "nested" and name.startswith("absmax_") else ())]:
+                broken = usual | {name: value}
+                with pytest.raises((ArgumentError, ArgumentTypeError)):
+                    check(*broken.values())
+
+    refuse_broken()
+    check(*usual.values())
+    biased = usual | {"bias": torch.zeros(10)}
+    check(*biased.values())
+    refuse_broken()
+    monkeypatch.setattr(fourbit_matmul, "check_weight", lambda *arguments: pytest.fail("checked again"))
+    check(*usual.values())
+    check(*biased.values())
+
+
+@pytest.mark.usefixtures("no_product_has_passed")
+def test_a_limited_number_of_products_is_remembered(monkeypatch):
+    monkeypatch.setattr(fourbit_matmul, "MOST_PASSED", 3)
+    usual = USUAL_PRODUCTS["plain"]
+    for blocksize in range(64, 96, 2):
+        count = block_count(960, blocksize)
+        OPS["gemm_4bit"].check(*(usual | {"blocksize": blocksize, "absmax": torch.zeros(count)}).values())
+        assert len(fourbit_matmul._passed) <= 3
