@@ -108,7 +108,11 @@ def fetch(tensors: Sequence[torch.Tensor]) -> Callable[[], None]:
         return begin(tensors)
     for tensor in tensors:
         prefetch(tensor)
-    return _go_on
+    return wait_for_nothing
+
+
+def wait_for_nothing() -> None:
+    """What a fetch returns that has nothing on its way beside the stream: the stream's order is enough."""
 
 
 def is_pageable(device: torch.device) -> bool:
@@ -124,10 +128,6 @@ def _pager(device: torch.device) -> Pager | None:
     if kind not in _pagers and kind in _makers:
         _pagers[kind] = _makers[kind]()
     return _pagers.get(kind)
-
-
-def _go_on() -> None:
-    """Wait for nothing: the order of the stream is enough."""
 
 
 def _note(device_type: str) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from bitsandbytes.paging import wait_for_nothing
 from bnb_cuda import _C
 from bnb_cuda.arguments import stream_of
 
@@ -119,7 +120,7 @@ class ManagedPager:
         """See :meth:`bitsandbytes.paging.KnowingPager.fetch`."""
         index = tensors[0].device.index
         if _C.is_capturing(index, stream_of(index)):
-            return _arrived
+            return wait_for_nothing
         side = self._residence(index).side(index)
         side.wait_stream(torch.cuda.current_stream(index))
         for tensor in tensors:
@@ -132,10 +133,6 @@ def _move(tensor: torch.Tensor, stream: int, to_cpu: bool) -> None:
     # Copies of paged tensors, by copy.deepcopy for instance, have their marks but lie in plain memory.
     if tensor.numel() and tensor.untyped_storage().data_ptr() in _in_use:
         _C.prefetch_managed(tensor.device.index, stream, tensor.data_ptr(), tensor.nbytes, to_cpu)
-
-
-def _arrived() -> None:
-    """Nothing is on its way."""
 
 
 def _index(device: torch.device) -> int:
