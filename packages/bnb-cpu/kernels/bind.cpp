@@ -5,8 +5,8 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <bnb/bind_tensors.h>
 #include <bnb/rules.h>
-#include <bnb/tensors.h>
 #include <type_traits>
 
 #include "dispatch.h"
@@ -52,13 +52,7 @@ NB_MODULE(_C, m) {
   m.def("set_isa", &bnb_cpu::set_isa);
   m.def("advise_huge_pages",
         [](uintptr_t data, int64_t bytes) { bnb_cpu::advise_huge_pages(reinterpret_cast<void*>(data), bytes); });
-  m.def("read_tensors",
-        [](nb::handle exchange, nb::tuple types, nb::tuple lists, nb::list states, nb::tuple keys, nb::tuple shared,
-           int64_t count, bool record, uintptr_t kinds, uintptr_t table) -> int {
-          return bnb::read_tensors(exchange.ptr(), types.ptr(), lists.ptr(), states.ptr(), keys.ptr(), shared.ptr(),
-                                   count, record, reinterpret_cast<bnb::TensorKind*>(kinds),
-                                   reinterpret_cast<int64_t*>(table));
-        });
+  bnb::bind_read_tensors(m);
 
   bind(m, "quantize_4bit", &Kernels::quantize_4bit);
   bind(m, "dequantize_4bit", &Kernels::dequantize_4bit);

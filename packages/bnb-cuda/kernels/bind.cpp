@@ -4,8 +4,8 @@
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/tuple.h>
 
+#include <bnb/bind_tensors.h>
 #include <bnb/rules.h>
-#include <bnb/tensors.h>
 
 #include "kernels.h"
 
@@ -162,12 +162,7 @@ NB_MODULE(_C, m) {
 
   m.attr("OPTIMIZER_COLUMNS") = OptimizerStep::kColumns;
   m.attr("OPTIMIZER_RULES") = bnb::kRules;
-  m.def("read_tensors",
-        [](nb::handle exchange, nb::tuple types, nb::tuple lists, nb::list states, nb::tuple keys, nb::tuple shared,
-           int64_t count, bool record, Pointer kinds, Pointer table) -> int {
-          return bnb::read_tensors(exchange.ptr(), types.ptr(), lists.ptr(), states.ptr(), keys.ptr(), shared.ptr(),
-                                   count, record, as<bnb::TensorKind>(kinds), as<int64_t>(table));
-        });
+  bnb::bind_read_tensors(m);
   m.def("optimizer_units", [](Pointer elements, Pointer first, int64_t tensors) {
     return optimizer_units(as<const int64_t>(elements), as<int64_t>(first), tensors);
   });

@@ -63,8 +63,8 @@ class BoundStep(Protocol):
 class TensorTable:
     """Addresses of all tensors of a step of many parameters, kept up to date by a native reader.
 
-    A backend builds its :class:`BoundStep` on it. The reader is ``bnb::read_tensors`` of ``bnb/tensors.h``,
-    compiled into the backend's module. No gradient and no state is kept alive.
+    A backend builds its :class:`BoundStep` on it. The reader is ``bnb::read_tensors`` of ``bnb/tensors.h``, which
+    ``bnb/bind_tensors.h`` puts into the backend's module. No gradient and no state is kept alive.
 
     Args:
         read: the reader, with the arguments of ``bnb::read_tensors``.
