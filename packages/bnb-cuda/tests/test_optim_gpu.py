@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Iterable
 
 import pytest
 import torch
@@ -43,6 +44,68 @@ def overwrite_gradients(params: list[torch.nn.Parameter], seed: int) -> None:
         p.grad.copy_(torch.randn(p.shape, generator=generator))
 
 
+def params_of(optimizer: torch.optim.Optimizer) -> list[torch.nn.Parameter]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def take_steps(*optimizers: torch.optim.Optimizer, numbers: Iterable[int]) -> None:
+    """For each number a step of each optimizer, with new gradients that the number gives."""
+    for number in numbers:
+        for optimizer in optimizers:
+            set_gradients(params_of(optimizer), number)
+        for optimizer in optimizers:
+            optimizer.step()
+
+
+def take_steps_on_changing_streams(
+    ours: torch.optim.Optimizer, plain: torch.optim.Optimizer, *, steps_per_gradient: int
+) -> None:
+    """Steps of ``ours`` on several streams in turn, and the same ones of ``plain`` on the current stream."""
+    streams = [torch.cuda.Stream(), torch.cuda.current_stream(), torch.cuda.Stream()]
+    for number in range(9):
+        stream = streams[number % 3]
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            if number % steps_per_gradient == 0:
+                set_gradients(params_of(ours), number)
+            # Work ahead of the step, so that what comes too early on another stream would show.
+            torch.cuda._sleep(2_000_000)
+            ours.step()
+        torch.cuda.current_stream().wait_stream(stream)
+        if number % steps_per_gradient == 0:
+            set_gradients(params_of(plain), number)
+        plain.step()
+
+
+def capture_step(ours: torch.optim.Optimizer, eager: torch.optim.Optimizer, *, warm_ups: int) -> torch.cuda.CUDAGraph:
+    """A graph of a step of ``ours``, after steps on another stream that ``eager`` makes too."""
+    for optimizer in (ours, eager):
+        set_gradients(params_of(optimizer), 0)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _warm_up in range(warm_ups):
+            ours.step()
+    torch.cuda.current_stream().wait_stream(side)
+    for _warm_up in range(warm_ups):
+        eager.step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        ours.step()
+    return graph
+
+
+def replay_steps(
+    graph: torch.cuda.CUDAGraph, ours: torch.optim.Optimizer, eager: torch.optim.Optimizer, *, replays: int
+) -> None:
+    """Replay a step of ``ours`` with other gradients each time, as steps of ``eager`` have them."""
+    for number in range(replays):
+        overwrite_gradients(params_of(ours), number)
+        overwrite_gradients(params_of(eager), number)
+        graph.replay()
+        eager.step()
+
+
 def assert_same(ours: torch.optim.Optimizer, others: torch.optim.Optimizer, but: tuple[str, ...] = ("step",)) -> None:
     """Parameters and states are equal bit for bit."""
     torch.cuda.synchronize()
@@ -69,25 +132,9 @@ def test_replay_equals_eager_steps(name: str, dtype: torch.dtype) -> None:
     make = getattr(optim, name)
     ours = make([{"params": params, "capturable": True}], lr=1e-2)
     eager = make([{"params": others, "capturable": True}], lr=1e-2)
-    set_gradients(params, 0)
-    set_gradients(others, 0)
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _warm_up in range(4):
-            ours.step()
-    torch.cuda.current_stream().wait_stream(side)
-    for _warm_up in range(4):
-        eager.step()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        ours.step()
+    graph = capture_step(ours, eager, warm_ups=4)
     assert_same(ours, eager)
-    for number in range(5):
-        overwrite_gradients(params, number)
-        overwrite_gradients(others, number)
-        graph.replay()
-        eager.step()
+    replay_steps(graph, ours, eager, replays=5)
     assert_same(ours, eager)
     # An eager step goes on where the replays ended.
     ours.step()
@@ -120,20 +167,7 @@ def test_replay_follows_a_learning_rate_on_the_device() -> None:
 def test_steps_on_changing_streams(name: str) -> None:
     params, others = parameters(), parameters()
     ours, plain = getattr(optim, name)(params), getattr(optim, name)(others)
-    streams = [torch.cuda.Stream(), torch.cuda.current_stream(), torch.cuda.Stream()]
-    for number in range(9):
-        stream = streams[number % 3]
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            if number % 2 == 0:
-                set_gradients(params, number)
-            # Work ahead of the step, so that a copy on another stream would come too early.
-            torch.cuda._sleep(2_000_000)
-            ours.step()
-        torch.cuda.current_stream().wait_stream(stream)
-        if number % 2 == 0:
-            set_gradients(others, number)
-        plain.step()
+    take_steps_on_changing_streams(ours, plain, steps_per_gradient=2)
     assert_same(ours, plain)
 
 
@@ -184,11 +218,7 @@ def test_grad_scaler() -> None:
 def test_a_device_that_is_not_current(name: str) -> None:
     params, others = parameters(device="cuda:1"), parameters(device="cuda:0")
     ours, plain = getattr(optim, name)(params), getattr(optim, name)(others)
-    for number in range(5):
-        set_gradients(params, number)
-        set_gradients(others, number)
-        ours.step()
-        plain.step()
+    take_steps(ours, plain, numbers=range(5))
     assert torch.cuda.current_device() == 0
     torch.cuda.synchronize(1)
     assert_same(ours, plain)
@@ -198,11 +228,7 @@ def test_a_device_that_is_not_current(name: str) -> None:
 def test_parameters_on_two_devices() -> None:
     params, others = parameters(device="cuda:1") + parameters(), parameters() + parameters()
     ours, plain = optim.AdamW8bit(params), optim.AdamW8bit(others)
-    for number in range(5):
-        set_gradients(params, number)
-        set_gradients(others, number)
-        ours.step()
-        plain.step()
+    take_steps(ours, plain, numbers=range(5))
     torch.cuda.synchronize(1)
     assert_same(ours, plain)
 
@@ -212,11 +238,7 @@ def test_parameters_on_two_devices() -> None:
 def test_states_move_through_the_cpu(name: str, dtype: torch.dtype) -> None:
     params, others = parameters(dtype=dtype), parameters(dtype=dtype)
     ours, plain = getattr(optim, name)(params), getattr(optim, name)(others)
-    for number in range(4):
-        set_gradients(params, number)
-        set_gradients(others, number)
-        ours.step()
-        plain.step()
+    take_steps(ours, plain, numbers=range(4))
     on_cpu = [torch.nn.Parameter(p.detach().cpu()) for p in params]
     holder = getattr(optim, name)(on_cpu)
     holder.load_state_dict(ours.state_dict())
@@ -225,11 +247,7 @@ def test_states_move_through_the_cpu(name: str, dtype: torch.dtype) -> None:
     back = [torch.nn.Parameter(p.detach().cuda()) for p in on_cpu]
     again = getattr(optim, name)(back)
     again.load_state_dict(holder.state_dict())
-    for number in range(4, 8):
-        set_gradients(back, number)
-        set_gradients(others, number)
-        again.step()
-        plain.step()
+    take_steps(again, plain, numbers=range(4, 8))
     assert_same(again, plain)
 
 
@@ -242,10 +260,7 @@ def test_a_model_moves_between_steps() -> None:
             model.cpu()
             ours.zero_grad()
             model.cuda()
-        set_gradients(list(model.parameters()), number)
-        set_gradients(list(twin.parameters()), number)
-        ours.step()
-        plain.step()
+        take_steps(ours, plain, numbers=[number])
     assert_same(ours, plain)
 
 
@@ -264,10 +279,7 @@ def test_states_that_are_taken_away_are_seen() -> None:
                         ours.state[p][key] = fresh
                     else:
                         ours.state[p][key].data = fresh
-        set_gradients(params, number)
-        set_gradients(others, number)
-        ours.step()
-        plain.step()
+        take_steps(ours, plain, numbers=[number])
     assert_same(ours, plain)
 
 
@@ -346,17 +358,7 @@ def test_paged_steps_on_changing_streams(resident: bool, monkeypatch: pytest.Mon
     sizes = (300_000, 200_001, 5000)
     params, others = parameters(sizes), parameters(sizes)
     ours, plain = optim.PagedAdamW8bit(params), optim.AdamW8bit(others)
-    streams = [torch.cuda.Stream(), torch.cuda.current_stream(), torch.cuda.Stream()]
-    for number in range(9):
-        stream = streams[number % 3]
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            set_gradients(params, number)
-            torch.cuda._sleep(2_000_000)
-            ours.step()
-        torch.cuda.current_stream().wait_stream(stream)
-        set_gradients(others, number)
-        plain.step()
+    take_steps_on_changing_streams(ours, plain, steps_per_gradient=1)
     assert_same(ours, plain)
 
 
@@ -368,24 +370,8 @@ def test_a_paged_step_is_captured(resident: bool, monkeypatch: pytest.MonkeyPatc
     params, others = parameters(sizes), parameters(sizes)
     ours = optim.PagedAdamW8bit([{"params": params, "capturable": True}])
     eager = optim.PagedAdamW8bit([{"params": others, "capturable": True}])
-    set_gradients(params, 0)
-    set_gradients(others, 0)
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _warm_up in range(3):
-            ours.step()
-    torch.cuda.current_stream().wait_stream(side)
-    for _warm_up in range(3):
-        eager.step()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        ours.step()
-    for number in range(4):
-        overwrite_gradients(params, number)
-        overwrite_gradients(others, number)
-        graph.replay()
-        eager.step()
+    graph = capture_step(ours, eager, warm_ups=3)
+    replay_steps(graph, ours, eager, replays=4)
     ours.step()
     eager.step()
     assert_same(ours, eager)
@@ -447,10 +433,7 @@ def test_paged_states_move_through_the_cpu_and_copies(name: str, monkeypatch: py
         if number == 8:
             # A copy has the marks of paged memory but lies in plain memory.
             ours, params = copy.deepcopy((ours, params))
-        set_gradients(params, number)
-        set_gradients(others, number)
-        ours.step()
-        plain.step()
+        take_steps(ours, plain, numbers=[number])
     assert_same(ours, plain)
 
 
@@ -463,11 +446,7 @@ def test_paged_parameters_on_two_devices(resident: bool, monkeypatch: pytest.Mon
     params = parameters(sizes, device="cuda:1") + parameters(sizes)
     others = parameters(sizes) + parameters(sizes)
     ours, plain = optim.PagedAdamW8bit(params), optim.AdamW8bit(others)
-    for number in range(5):
-        set_gradients(params, number)
-        set_gradients(others, number)
-        ours.step()
-        plain.step()
+    take_steps(ours, plain, numbers=range(5))
     torch.cuda.synchronize(1)
     assert torch.cuda.current_device() == 0
     assert_same(ours, plain)
