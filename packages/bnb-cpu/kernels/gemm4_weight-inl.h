@@ -9,6 +9,9 @@
 
 #include "embedding4-inl.h"
 #include "gemm-inl.h"
+#if defined(__AVX512VBMI__)
+#include "planes_avx512-inl.h"
+#endif
 
 namespace bnb_cpu {
 namespace BNB_ISA {
