@@ -64,11 +64,15 @@ struct Absmax4 {
         const int64_t stop = min_of(count, (block / kNestedBlocksize + 1) * kNestedBlocksize - first);
         const float outer = absmax[block / kNestedBlocksize];
 #if defined(__AVX512VBMI__)
-        for (const Planes256 tables(planes); i + 4 * kLanes <= stop; i += 4 * kLanes) {
-          F32 found[4];
-          lookup64(tables, absmax_8bit + first + i, found);
-          for (int j = 0; j < 4; ++j) {
-            store(buffer + i + j * kLanes, found[j] * splat(outer) + splat(offset));
+        // Often there are fewer, and the compiler loads the planes even for none.
+        if (i + 4 * kLanes <= stop) {
+          const Planes256 tables(planes);
+          for (; i + 4 * kLanes <= stop; i += 4 * kLanes) {
+            F32 found[4];
+            lookup64(tables, absmax_8bit + first + i, found);
+            for (int j = 0; j < 4; ++j) {
+              store(buffer + i + j * kLanes, found[j] * splat(outer) + splat(offset));
+            }
           }
         }
 #endif
