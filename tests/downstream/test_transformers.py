@@ -77,15 +77,24 @@ def test_answers_a_question(quantized, tokenizer, name):
     assert "Paris" in answer
 
 
-@pytest.mark.parametrize("name", ["nf4-nested", "int8"])
-def test_batch_with_padding_generates_as_alone(quantized, tokenizer, name):
+#: Largest relative error of logits, in the norm. The model in bfloat16 makes 0.03, since products of other shapes are
+#: summed in another order; outlier columns of int8 are those of the whole batch.
+@pytest.mark.parametrize(("name", "limit"), [("nf4-nested", 0.1), ("int8", 0.3)])
+def test_batch_with_padding_generates_as_alone(quantized, tokenizer, name, limit):
     texts = ["The capital of France is", "One, two, three, four,"]
+    options = {"do_sample": False, "max_new_tokens": 4, "return_dict_in_generate": True, "output_logits": True}
     tokenizer.padding_side = "left"
-    batch = tokenizer(texts, return_tensors="pt", padding=True)
-    together = quantized(name).generate(**batch, do_sample=False, max_new_tokens=4)
+    together = quantized(name).generate(**tokenizer(texts, return_tensors="pt", padding=True), **options)
     for row, text in enumerate(texts):
-        alone = quantized(name).generate(**tokenizer(text, return_tensors="pt"), do_sample=False, max_new_tokens=4)
-        assert together[row, -4:].tolist() == alone[0, -4:].tolist()
+        alone = quantized(name).generate(**tokenizer(text, return_tensors="pt"), **options)
+        for step in range(4):
+            one, two = together.logits[step][row].float(), alone.logits[step][0].float()
+            assert (one - two).norm() < limit * two.norm()
+            # Where two tokens are as good as each other, either may be chosen; the texts differ from there on.
+            if one.argmax() != two.argmax():
+                assert two.max() - two[one.argmax()] < 2 * (one - two).abs().max()
+                break
+            assert together.sequences[row, step - 4] == alone.sequences[0, step - 4]
 
 
 @pytest.mark.parametrize("name", FORMATS)
