@@ -22,10 +22,6 @@ __device__ __forceinline__ void synchronize_some(int barrier, int threads) {
 #endif
 }
 
-__device__ __forceinline__ unsigned shared_address(const void* pointer) {
-  return static_cast<unsigned>(__cvta_generic_to_shared(pointer));
-}
-
 // One thread calls this; `publish_barriers` and a barrier of the thread block follow.
 __device__ __forceinline__ void initialize(uint64_t* barrier, int arrivals) {
 #if BNB_BULK_COPIES

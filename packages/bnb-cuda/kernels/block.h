@@ -30,11 +30,29 @@ __device__ __forceinline__ bfloat16_t from_float<bfloat16_t>(float value) {
   return __float2bfloat16_rn(value);
 }
 
+#ifndef BNB_HIP
+__device__ __forceinline__ unsigned shared_address(const void* pointer) {
+  return static_cast<unsigned>(__cvta_generic_to_shared(pointer));
+}
+#endif
+
 // `kCount` elements that move as one or more 16-byte accesses (or one smaller access).
 template <class T, int kCount>
 struct alignas(sizeof(T) * kCount >= 16 ? 16 : sizeof(T) * kCount) Vector {
   T values[kCount];
 };
+
+// Reads from global memory what no one writes meanwhile.
+template <class T, int kCount>
+__device__ __forceinline__ Vector<T, kCount> load_kept(const T* from) {
+  static_assert(sizeof(T) * kCount % 16 == 0, "whole vectors");
+  Vector<T, kCount> result;
+#pragma unroll
+  for (int i = 0; i < static_cast<int>(sizeof result / 16); ++i) {
+    reinterpret_cast<uint4*>(&result)[i] = __ldg(reinterpret_cast<const uint4*>(from) + i);
+  }
+  return result;
+}
 
 // Reads from global memory with a hint that the data is used once.
 template <class T, int kCount>
@@ -102,6 +120,15 @@ struct Words {
     });
   }
 
+  // Makes an element zero.
+  __device__ __forceinline__ void clear(int i) {
+    constexpr int kPerWord = 4 / sizeof(T), kBits = 32 / kPerWord;
+    constexpr unsigned kMask = kBits == 32 ? ~0u : (1u << kBits % 32) - 1;
+    words[i / kPerWord] &= ~(kMask << (i % kPerWord * kBits));
+  }
+
+  __device__ __forceinline__ uint8_t byte(int i) const { return static_cast<uint8_t>(words[i / 4] >> (8 * (i % 4))); }
+
   // Entries of a table of 256, for elements that are bytes.
   __device__ __forceinline__ Lanes<kCount> looked_up(const float* table) const {
     static_assert(sizeof(T) == 1, "bytes are indices");
@@ -116,6 +143,16 @@ __device__ __forceinline__ Words<T, kCount> words_of(const Vector<T, kCount>& va
   return result;
 }
 
+template <class T, int kCount>
+__device__ __forceinline__ void store_streaming(T* to, const Words<T, kCount>& data) {
+  static_assert(Words<T, kCount>::kWords == 2, "eight bytes");
+#ifndef BNB_HIP
+  __stcs(reinterpret_cast<uint2*>(to), make_uint2(data.words[0], data.words[1]));
+#else
+  *reinterpret_cast<uint2*>(to) = make_uint2(data.words[0], data.words[1]);
+#endif
+}
+
 // The larger number; NaN if one of them is.
 __device__ __forceinline__ float max_or_nan(float a, float b) {
 #if BNB_DEVICE_ARCH >= 800
@@ -127,48 +164,97 @@ __device__ __forceinline__ float max_or_nan(float a, float b) {
 #endif
 }
 
-// Largest magnitude of the values, and whether there is a NaN, which does not count, among them.
+// Two elements of 16 bits.
+template <class T>
+using Pair = std::conditional_t<std::is_same_v<T, half_t>, __half2, __nv_bfloat162>;
+
+// Whether elements are compared two at a time.
+#ifdef BNB_HIP
+template <class T>
+constexpr bool kInPairs = false;
+#else
+template <class T>
+constexpr bool kInPairs = sizeof(T) == 2;
+#endif
+
+// The magnitudes of the two elements of a word.
+template <class T>
+__device__ __forceinline__ Pair<T> pair_magnitudes(unsigned word) {
+  Pair<T> pair;
+  memcpy(&pair, &word, sizeof pair);
+  return __habs2(pair);
+}
+
+// The larger magnitudes, element by element; NaN does not count.
+template <class T, int kCount>
+__device__ __forceinline__ Words<T, kCount> larger_magnitudes(const Words<T, kCount>& a, const Words<T, kCount>& b) {
+  Words<T, kCount> result;
+  if constexpr (kInPairs<T>) {
+#pragma unroll
+    for (int i = 0; i < kCount / 2; ++i) {
+      const Pair<T> larger = __hmax2(pair_magnitudes<T>(a.words[i]), pair_magnitudes<T>(b.words[i]));
+      memcpy(result.words + i, &larger, sizeof larger);
+    }
+  } else {
+    const Lanes<kCount> x = a.floats(), y = b.floats();
+    Vector<T, kCount> larger;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      larger.values[i] = from_float<T>(fmaxf(fabsf(x.values[i]), fabsf(y.values[i])));
+    }
+    result = words_of(larger);
+  }
+  return result;
+}
+
+// Bits of the largest magnitude of the values; NaN does not count.
+template <class T, int kCount>
+__device__ __forceinline__ unsigned largest_number_bits(const Words<T, kCount>& values) {
+  float largest = 0.0f;
+  if constexpr (kInPairs<T>) {
+    const unsigned zero = 0;
+    Pair<T> all;
+    memcpy(&all, &zero, sizeof all);
+#pragma unroll
+    for (int i = 0; i < kCount / 2; ++i) {
+      all = __hmax2(all, pair_magnitudes<T>(values.words[i]));
+    }
+    largest = fmaxf(to_float(all.x), to_float(all.y));
+  } else {
+    const Lanes<kCount> numbers = values.floats();
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      largest = fmaxf(largest, fabsf(numbers.values[i]));
+    }
+  }
+  return bnb::bits_of(largest);
+}
+
+// Bits of the largest magnitude of the values, and whether there is a NaN, which does not count, among them.
 struct Largest {
   unsigned bits;
   bool has_nan;
 };
 
 template <class T, int kCount>
-__device__ __forceinline__ Largest largest_magnitude(const Vector<T, kCount>& values) {
+__device__ __forceinline__ Largest largest_magnitude(const Words<T, kCount>& values) {
   float largest = 0.0f;
-#ifndef BNB_HIP
-  if constexpr (sizeof(T) == 2 && kCount % 2 == 0) {
-    using Pair = std::conditional_t<std::is_same_v<T, half_t>, __half2, __nv_bfloat162>;
-    unsigned words[kCount / 2];
-    memcpy(words, &values, sizeof words);
-    unsigned zero = 0;
-    Pair pairs;
-    memcpy(&pairs, &zero, sizeof zero);
+  if constexpr (kInPairs<T>) {
+    Pair<T> all = pair_magnitudes<T>(values.words[0]);
 #pragma unroll
-    for (int i = 0; i < kCount / 2; ++i) {
-      const unsigned magnitudes = words[i] & 0x7fff7fffu;
-      Pair pair;
-      memcpy(&pair, &magnitudes, sizeof pair);
-      pairs = __hmax2_nan(pairs, pair);
+    for (int i = 1; i < kCount / 2; ++i) {
+      all = __hmax2_nan(all, pair_magnitudes<T>(values.words[i]));
     }
-    largest = max_or_nan(to_float(pairs.x), to_float(pairs.y));
-  } else
-#endif
-  {
+    largest = max_or_nan(to_float(all.x), to_float(all.y));
+  } else {
+    const Lanes<kCount> numbers = values.floats();
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      largest = max_or_nan(largest, fabsf(to_float(values.values[i])));
+      largest = max_or_nan(largest, fabsf(numbers.values[i]));
     }
   }
   const bool has_nan = largest != largest;
-  if (has_nan) {
-    largest = 0.0f;
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      largest = fmaxf(largest, fabsf(to_float(values.values[i])));
-    }
-  }
-  return {bnb::bits_of(largest), has_nan};
+  return {has_nan ? largest_number_bits(values) : bnb::bits_of(largest), has_nan};
 }
 
 // Largest value over groups of `kWidth` neighbouring lanes, known to all of them.

@@ -8,22 +8,23 @@ namespace bnb_gpu {
 namespace {
 
 constexpr int kThreads = 256;
+constexpr int kManyThreads = 512;
 constexpr int kPerLane = 8;
 constexpr int kPerGroup = kPerLane * kLanes;
 // Values of a lane that are decoded in turn.
 constexpr int kInTurn = 32;
 
 template <class T>
-__device__ __forceinline__ Vector<T, kPerLane> load_values(const T* x, int64_t begin, int64_t count) {
+__device__ __forceinline__ Words<T, kPerLane> load_values(const T* x, int64_t begin, int64_t count) {
   if (begin + kPerLane <= count) {
-    return load_streaming<T, kPerLane>(x + begin);
+    return words_of(load_streaming<T, kPerLane>(x + begin));
   }
   Vector<T, kPerLane> values;
 #pragma unroll
   for (int i = 0; i < kPerLane; ++i) {
     values.values[i] = begin + i < count ? x[begin + i] : from_float<T>(0.0f);
   }
-  return values;
+  return words_of(values);
 }
 
 template <int kCount>
@@ -41,75 +42,103 @@ __device__ __forceinline__ Words<uint8_t, kCount> load_codes(const uint8_t* code
   return result;
 }
 
+// Codes of 8 values of a block with this absmax.
 template <class T>
-__device__ __forceinline__ void store_codes(const Vector<T, kPerLane>& values, float absmax, bool has_nan,
-                                            const Encoder8& encoder, uint8_t* codes, int64_t begin, int64_t count) {
-  float numbers[kPerLane];
-#pragma unroll
-  for (int i = 0; i < kPerLane; ++i) {
-    numbers[i] = to_float(values.values[i]);
-  }
-  const Vector<uint8_t, kPerLane> out = encoder(numbers, absmax, has_nan);
+__device__ __forceinline__ Words<uint8_t, kPerLane> encode(const Words<T, kPerLane>& values, unsigned absmax_bits,
+                                                           bool has_nan, const Encoder8& encoder) {
+  return encoder(values.floats().values, bnb::float_of(absmax_bits), has_nan);
+}
+
+__device__ __forceinline__ void store_codes(uint8_t* codes, int64_t begin, int64_t count,
+                                            const Words<uint8_t, kPerLane>& own) {
   if (begin + kPerLane <= count) {
-    store_streaming<uint8_t, kPerLane>(codes + begin, out);
+    store_streaming(codes + begin, own);
     return;
   }
 #pragma unroll
   for (int i = 0; i < kPerLane; ++i) {
     if (begin + i < count) {
-      codes[begin + i] = out.values[i];
+      codes[begin + i] = own.byte(i);
     }
   }
 }
 
-// Blocks of kBlock = 64 ... 256 values, in groups of lanes; 512 ... 4096 in groups of threads.
+// Blocks of kBlock = 64 ... 256 values, each in kBlock / 8 lanes.
 template <class T, int kBlock>
-__global__ void __launch_bounds__(kBlock <= kPerGroup ? 256 : 512)
-    quantize8(const T* __restrict__ x, int64_t count, const float* __restrict__ code, int code_size,
-              uint8_t* __restrict__ codes, float* __restrict__ absmax) {
-  constexpr bool kInGroup = kBlock <= kPerGroup;
-  constexpr int kBlockThreads = kInGroup ? 256 : 512;
-  constexpr int kUnroll = kInGroup ? (sizeof(T) == 4 ? 2 : 4) : 1;
+__global__ void __launch_bounds__(kThreads)
+    quantize8_lanes(const T* __restrict__ x, int64_t count, const float* __restrict__ code, int code_size,
+                    uint8_t* __restrict__ codes, float* __restrict__ absmax) {
+  constexpr int kUnroll = sizeof(T) == 4 ? 2 : 4;
+  constexpr int kTile = kThreads * kPerLane * kUnroll;
   __shared__ Encoder8::Storage storage;
-  __shared__ unsigned largest[kBlockThreads / kLanes];
   const Encoder8 encoder(storage, code, code_size);
   const int lane = threadIdx.x % kLanes, group = threadIdx.x / kLanes;
-  constexpr int kTile = kBlockThreads * kPerLane * kUnroll;
   for (int64_t tile = static_cast<int64_t>(blockIdx.x) * kTile; tile < count;
        tile += static_cast<int64_t>(gridDim.x) * kTile) {
     const int64_t begin = tile + group * (kPerGroup * kUnroll) + lane * kPerLane;
-    Vector<T, kPerLane> values[kUnroll];
+    Words<T, kPerLane> values[kUnroll];
+    float* const scales = absmax + begin / kBlock;
+    const auto finish = [&](bool whole) {
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      values[u] = load_values(x, begin + u * kPerGroup, count);
+      for (int u = 0; u < kUnroll; ++u) {
+        const Largest own = largest_magnitude(values[u]);
+        const unsigned bits = group_max<kBlock / kPerLane>(own.bits);
+        const Words<uint8_t, kPerLane> out = encode(values[u], bits, own.has_nan, encoder);
+        if (whole) {
+          store_streaming(codes + begin + u * kPerGroup, out);
+        } else {
+          store_codes(codes, begin + u * kPerGroup, count, out);
+        }
+        if ((whole || begin + u * kPerGroup < count) && lane % (kBlock / kPerLane) == 0) {
+          scales[u * (kPerGroup / kBlock)] = bnb::float_of(bits);
+        }
+      }
+    };
+    // Only the last tile has to look where the tensor ends.
+    if (tile + kTile <= count) {
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) {
+        values[u] = words_of(load_streaming<T, kPerLane>(x + begin + u * kPerGroup));
+      }
+      finish(true);
+    } else {
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) {
+        values[u] = load_values(x, begin + u * kPerGroup, count);
+      }
+      finish(false);
     }
+  }
+}
+
+// Blocks of kBlock = 512 ... 4096 values, each in kBlock / 8 threads.
+template <class T, int kBlock>
+__global__ void __launch_bounds__(kManyThreads)
+    quantize8_groups(const T* __restrict__ x, int64_t count, const float* __restrict__ code, int code_size,
+                     uint8_t* __restrict__ codes, float* __restrict__ absmax) {
+  constexpr int kGroups = kBlock / kPerGroup, kTile = kManyThreads * kPerLane;
+  __shared__ Encoder8::Storage storage;
+  __shared__ unsigned largest[kManyThreads / kLanes];
+  const Encoder8 encoder(storage, code, code_size);
+  const int lane = threadIdx.x % kLanes, group = threadIdx.x / kLanes;
+  for (int64_t tile = static_cast<int64_t>(blockIdx.x) * kTile; tile < count;
+       tile += static_cast<int64_t>(gridDim.x) * kTile) {
+    const int64_t first = tile + static_cast<int64_t>(threadIdx.x) * kPerLane;
+    const Words<T, kPerLane> values = load_values(x, first, count);
+    const Largest own = largest_magnitude(values);
+    unsigned bits = group_max<kLanes>(own.bits);
+    __syncthreads();
+    if (lane == 0) {
+      largest[group] = bits;
+    }
+    __syncthreads();
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      const int64_t first = begin + u * kPerGroup;
-      const Largest own = largest_magnitude(values[u]);
-      unsigned bits = own.bits;
-      if constexpr (kInGroup) {
-        bits = group_max<kBlock / kPerLane>(bits);
-      } else {
-        constexpr int kGroups = kBlock / kPerGroup;
-        bits = group_max<kLanes>(bits);
-        __syncthreads();
-        if (lane == 0) {
-          largest[group] = bits;
-        }
-        __syncthreads();
-#pragma unroll
-        for (int g = 0; g < kGroups; ++g) {
-          bits = max(bits, largest[group / kGroups * kGroups + g]);
-        }
-      }
-      if (first < count) {
-        const float scale = bnb::float_of(bits);
-        store_codes(values[u], scale, own.has_nan, encoder, codes, first, count);
-        if (first % kBlock == 0) {
-          absmax[first / kBlock] = scale;
-        }
-      }
+    for (int g = 0; g < kGroups; ++g) {
+      bits = max(bits, largest[group / kGroups * kGroups + g]);
+    }
+    store_codes(codes, first, count, encode(values, bits, own.has_nan, encoder));
+    if (first < count && first % kBlock == 0) {
+      absmax[first / kBlock] = bnb::float_of(bits);
     }
   }
 }
@@ -202,13 +231,19 @@ __global__ void __launch_bounds__(kThreads)
 template <class T, int kBlock>
 void launch_quantize(const Launch& launch, const T* x, int64_t count, const float* code, int code_size, uint8_t* codes,
                      float* absmax) {
-  constexpr bool kInGroup = kBlock <= kPerGroup;
-  constexpr int kBlockThreads = kInGroup ? 256 : 512;
-  constexpr int kTile = kBlockThreads * kPerLane * (kInGroup ? (sizeof(T) == 4 ? 2 : 4) : 1);
-  const auto kernel = quantize8<T, kBlock>;
-  static ResidentGrid grid;
-  kernel<<<grid(launch, reinterpret_cast<const void*>(kernel), kBlockThreads, ceil_div(count, kTile)), kBlockThreads, 0,
-           launch.stream()>>>(x, count, code, code_size, codes, absmax);
+  constexpr bool kInLanes = kBlock <= kPerGroup;
+  constexpr int kBlockThreads = kInLanes ? kThreads : kManyThreads;
+  constexpr int kTile = kBlockThreads * kPerLane * (kInLanes ? (sizeof(T) == 4 ? 2 : 4) : 1);
+  const auto go = [&](auto kernel) {
+    static ResidentGrid grid;
+    kernel<<<grid(launch, reinterpret_cast<const void*>(kernel), kBlockThreads, ceil_div(count, kTile)), kBlockThreads,
+             0, launch.stream()>>>(x, count, code, code_size, codes, absmax);
+  };
+  if constexpr (kInLanes) {
+    go(quantize8_lanes<T, kBlock>);
+  } else {
+    go(quantize8_groups<T, kBlock>);
+  }
 }
 
 }  // namespace

@@ -13,8 +13,15 @@ namespace tables4 {
 static __constant__ float kValues[2][16] = {{BNB_NF4_VALUES}, {BNB_FP4_VALUES}};
 static __constant__ float kBoundaries[2][15] = {{BNB_NF4_GPU_BOUNDARIES}, {BNB_FP4_GPU_BOUNDARIES}};
 static __constant__ uint8_t kOrder[2][16] = {{BNB_NF4_GPU_ORDER}, {BNB_FP4_GPU_ORDER}};
-constexpr float kFp4Boundaries[15] = {BNB_FP4_GPU_BOUNDARIES};
 constexpr unsigned kFp4Order[16] = {BNB_FP4_GPU_ORDER};
+
+// The ranks of NF4 are its codes. Those of FP4 by magnitude differ from them in one bit, the others say when.
+constexpr bool is_in_this_order(unsigned rank) {
+  const unsigned code = rank ^ (rank & 2u) << 1;
+  return kFp4Order[8 + rank] == code && kFp4Order[7 - rank] == (code | 8u);
+}
+static_assert(is_in_this_order(0) && is_in_this_order(1) && is_in_this_order(2) && is_in_this_order(3) &&
+              is_in_this_order(4) && is_in_this_order(5) && is_in_this_order(6) && is_in_this_order(7));
 }  // namespace tables4
 
 template <int kType>
@@ -24,22 +31,22 @@ struct Tables4 {
   __device__ static unsigned code(int rank) { return tables4::kOrder[kType][rank]; }
 };
 
-// Finds the code of a scaled value in [-1, 1] with one table look-up and one comparison: the same
-// result as bnb::rank_4bit on the boundaries of GPUs. NaN gets code 0.
+// Finds the codes of scaled values in [-1, 1]: the same result as bnb::rank_4bit on the boundaries of GPUs. NaN gets
+// code 0.
 //
-// The value is rounded to a grid of 31 cells, narrower than the distance of any two boundaries, so each
-// cell holds at most one of them; its entry has that boundary and the codes on either side. A cell
-// knows boundaries a little beyond its border, too, which makes the rounding at the border harmless.
-// FP4 has three boundaries around zero in one cell; two comparisons more decide there.
+// The value is rounded to a grid of 31 cells, narrower than the distance of any two boundaries, so each cell holds at
+// most one of them. Each lane of a group knows one cell: its boundary and the rank below it. A cell knows boundaries a
+// little beyond its border, too, which makes the rounding at the border harmless. FP4, whose boundaries around zero are
+// close to each other, has its cells by magnitude.
+//
+// Codes are added up as float32 numbers, each shifted to its place by a factor: the units for that are less in demand
+// than those for bits.
 template <int kType>
 struct Encoder4 {
-  static constexpr int kCells = 64;
-  static constexpr bool kTiny = kType == static_cast<int>(bnb::QuantType::kFp4);
-  // NF4 codes ascend with the values.
-  static constexpr bool kAscending = kType == static_cast<int>(bnb::QuantType::kNf4);
-  // Adding this to a float32 leaves the rounded value, counted from kZeroCell, in the low bits of its
-  // pattern. The arithmetic of NVIDIA's GPUs gives one pattern for NaN, with all of these bits set.
-  static constexpr int kZeroCell = 16;
+  static constexpr bool kByMagnitude = kType == static_cast<int>(bnb::QuantType::kFp4);
+  // Adding this to a float32 leaves the rounded value, counted from kZeroCell, in the low bits of its pattern. The
+  // arithmetic of NVIDIA's GPUs gives one pattern for NaN, with all of these bits set: the last lane's cell.
+  static constexpr int kZeroCell = kByMagnitude ? 0 : 15;
   static constexpr float kRounder = 12582912.0f + kZeroCell;
   static constexpr float kScale = 15.0f;
 #ifdef BNB_HIP
@@ -48,44 +55,57 @@ struct Encoder4 {
   static constexpr bool kNanHasCell = true;
 #endif
 
-  const uint2* cells;
+  float boundary, rank;
 
-  // All threads of the block call this; the caller synchronises afterwards.
-  __device__ static void build(uint2* shared) {
-    for (int i = threadIdx.x; i < kCells; i += blockDim.x) {
-      const int cell = i - kZeroCell;
-      const float low = (cell - 0.5f) / kScale - 1e-4f, high = (cell + 0.5f) / kScale + 1e-4f;
-      int rank = 0;
-      for (int k = 0; k < 15; ++k) {
-        rank += Tables4<kType>::boundary(k) < low;
-      }
-      if (kTiny && cell == 0) {
-        rank = 7;
-      }
-      const bool crossed = rank < 15 && Tables4<kType>::boundary(rank < 15 ? rank : 14) <= high;
-      const unsigned below = Tables4<kType>::code(rank), above = Tables4<kType>::code(crossed ? rank + 1 : rank);
-      const bool is_nan = i == kCells - 1;
-      shared[i] = make_uint2(bnb::bits_of(crossed && !is_nan ? Tables4<kType>::boundary(rank) : 2.0f),
-                             is_nan ? 0u : below | above << 16);
+  __device__ Encoder4() {
+    const int lane = threadIdx.x % kLanes, cell = lane - kZeroCell;
+    const float low = (cell - 0.5f) / kScale - 1e-4f, high = (cell + 0.5f) / kScale + 1e-4f;
+    // By magnitude, the ranks of positive values: there are as many boundaries below them as codes.
+    constexpr int kFirst = kByMagnitude ? 8 : 0;
+    int below = kFirst;
+    for (int k = kFirst; k < 15; ++k) {
+      below += Tables4<kType>::boundary(k) < low;
     }
+    const bool crossed = below < 15 && Tables4<kType>::boundary(below < 15 ? below : 14) <= high;
+    const bool is_nan = lane == kLanes - 1;
+    boundary = crossed && !is_nan ? Tables4<kType>::boundary(below) : 2.0f;
+    rank = is_nan ? 0.0f : static_cast<float>(below - kFirst);
   }
 
-  __device__ __forceinline__ unsigned operator()(float scaled) const {
-    const unsigned cell = bnb::bits_of(__fmaf_rn(scaled, kScale, kRounder)) & (kCells - 1);
-    const uint2 entry = cells[cell];
-    const bool above = scaled > bnb::float_of(entry.x);
-    if constexpr (kAscending) {
-      const unsigned code = (entry.y & 0xffffu) + (above ? 1u : 0u);
-      return kNanHasCell || scaled == scaled ? code : 0u;
+  // 1 or 0.
+  __device__ __forceinline__ static float is_above(float value, float limit) {
+#ifdef BNB_HIP
+    return value > limit ? 1.0f : 0.0f;
+#else
+    float result;
+    asm("set.gt.f32.f32 %0, %1, %2;" : "=f"(result) : "f"(value), "f"(limit));
+    return result;
+#endif
+  }
+
+  // Four bytes of codes, the earlier value of a byte in its high nibble. All lanes of the group call this.
+  __device__ __forceinline__ unsigned operator()(const Lanes<8>& scaled) const {
+    unsigned halves[2];
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      // Numbers from here on are whole, and their lowest bits those of the pattern.
+      float sum = 8388608.0f;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        constexpr float kPlaces[4] = {16.0f, 1.0f, 4096.0f, 256.0f};
+        const float value = scaled.values[4 * h + i];
+        const int cell =
+            static_cast<int>(bnb::bits_of(__fmaf_rn(kByMagnitude ? fabsf(value) : value, kScale, kRounder)));
+        const float above = is_above(kByMagnitude ? fabsf(value) : value, shuffle(boundary, cell));
+        const float own = !kNanHasCell && value != value ? 0.0f : shuffle(rank, cell);
+        sum = __fmaf_rn(above, kPlaces[i], __fmaf_rn(own, kPlaces[i], sum));
+        if constexpr (kByMagnitude) {
+          sum = __fmaf_rn(is_above(0.0f, value), 8.0f * kPlaces[i], sum);
+        }
+      }
+      halves[h] = bnb::bits_of(sum);
     }
-    unsigned code = above ? entry.y >> 16 : entry.y & 0xffffu;
-    if (kTiny && cell == kZeroCell) {
-      constexpr float kNegative = tables4::kFp4Boundaries[6], kPositive = tables4::kFp4Boundaries[8];
-      constexpr unsigned kBelow = tables4::kFp4Order[6], kAbove = tables4::kFp4Order[9];
-      code = scaled <= kNegative ? kBelow : code;
-      code = scaled > kPositive ? kAbove : code;
-    }
-    return kNanHasCell || scaled == scaled ? code : 0u;
+    return in_order(low_halves(halves[0], halves[1]));
   }
 
   // For values beyond [-1, 1], as in a block whose absmax has no finite reciprocal.
@@ -95,6 +115,14 @@ struct Encoder4 {
       rank += scaled > Tables4<kType>::boundary(k);
     }
     return scaled == scaled ? Tables4<kType>::code(rank) : 0u;
+  }
+
+ private:
+  __device__ __forceinline__ static unsigned in_order(unsigned word) {
+    return kByMagnitude ? word ^ (word & 0x22222222u) << 1 : word;
+  }
+  __device__ __forceinline__ static unsigned low_halves(unsigned low, unsigned high) {
+    return __byte_perm(low, high, 0x5410);
   }
 };
 

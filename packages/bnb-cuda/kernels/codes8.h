@@ -38,11 +38,11 @@ class Encoder8 {
   };
 
   // Of no use until it is assigned to.
-  __device__ Encoder8() : storage_(nullptr), signed_(false), crowded_(false) {}
+  __device__ Encoder8() : storage_(nullptr), entries_(0), signed_(false), crowded_(false) {}
 
   // All threads of the block call this.
   __device__ Encoder8(Storage& storage, const float* code, int code_size)
-      : storage_(&storage), signed_(code[0] < 0.0f), crowded_(false) {
+      : storage_(&storage), entries_(shared_address(storage.entries)), signed_(code[0] < 0.0f), crowded_(false) {
     if (threadIdx.x == 0) {
       storage.crowded = 0;
     }
@@ -67,25 +67,17 @@ class Encoder8 {
 
   // Codes of values of a block with this absmax. `may_be_nan`: of one of them.
   template <int kCount>
-  __device__ __forceinline__ Vector<uint8_t, kCount> operator()(const float (&values)[kCount], float absmax,
-                                                                bool may_be_nan) const {
-    const float inverse = 1.0f / absmax;
-    // The reciprocal of a subnormal number may be infinite.
-    const bool plain = absmax >= bnb::float_of(0x00800000u) && absmax < bnb::float_of(0x7f800000u) && !may_be_nan;
-    unsigned words[(kCount + 3) / 4] = {};
-    if (plain && !crowded_) {
-      signed_ ? look_up<true>(values, inverse, words) : look_up<false>(values, inverse, words);
-    } else if (absmax != 0.0f) {
-      Vector<float, kCount> scaled;
-#pragma unroll
-      for (int i = 0; i < kCount; ++i) {
-        scaled.values[i] = values[i] * inverse;
-      }
-      return search(*storage_, scaled);
+  __device__ __forceinline__ Words<uint8_t, kCount> operator()(const float (&values)[kCount], float absmax,
+                                                               bool may_be_nan) const {
+    if (has_normal_reciprocal(bnb::bits_of(absmax)) && !may_be_nan && !crowded_) {
+      const float inverse = refined_reciprocal(absmax);
+      return signed_ ? look_up<true>(values, inverse) : look_up<false>(values, inverse);
     }
-    Vector<uint8_t, kCount> codes;
-    memcpy(&codes, words, sizeof codes);
-    return codes;
+    if (absmax == 0.0f) {
+      return {};
+    }
+    const float inverse = 1.0f / absmax;
+    return search(*storage_, each<kCount>([&](int i) { return values[i] * inverse; }));
   }
 
   // The same for a scaled value, whatever it is.
@@ -105,20 +97,19 @@ class Encoder8 {
 
   // Rarely needed: a call keeps it out of the way.
   template <int kCount>
-  __device__ __noinline__ static Vector<uint8_t, kCount> search(const Storage& storage, Vector<float, kCount> scaled) {
-    unsigned words[(kCount + 3) / 4] = {};
+  __device__ __noinline__ static Words<uint8_t, kCount> search(const Storage& storage, Lanes<kCount> scaled) {
+    Words<uint8_t, kCount> codes = {};
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      words[i / 4] |= code_of(storage, scaled.values[i]) << (8 * (i % 4));
+      codes.words[i / 4] |= code_of(storage, scaled.values[i]) << (8 * (i % 4));
     }
-    Vector<uint8_t, kCount> codes;
-    memcpy(&codes, words, sizeof codes);
     return codes;
   }
 
   template <bool kSigned, int kCount>
-  __device__ __forceinline__ void look_up(const float (&values)[kCount], float inverse, unsigned* words) const {
+  __device__ __forceinline__ Words<uint8_t, kCount> look_up(const float (&values)[kCount], float inverse) const {
     using Layout = Cells<kSigned>;
+    static_assert(kCount % 4 == 0, "codes fill words");
     unsigned sums[kCount];
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
@@ -126,19 +117,40 @@ class Encoder8 {
       const unsigned bits = bnb::bits_of(fmaxf(kSigned ? fabsf(scaled) : scaled, bnb::float_of(kSmallest)));
       // All bits of a negative value.
       const int negative = kSigned ? static_cast<int>(bnb::bits_of(scaled)) >> 31 : 0;
-      const int cell = static_cast<int>(bits >> Layout::kShift) - Layout::kFirst + (negative & Layout::kSide);
-      sums[i] = storage_->entries[cell] + ((bits ^ static_cast<unsigned>(negative)) & Layout::kPlaces);
+      const unsigned cell = multiply_add(static_cast<unsigned>(negative), 0u - Layout::kSide, bits >> Layout::kShift);
+      sums[i] = entry(cell, Layout::kFirst) + ((bits ^ static_cast<unsigned>(negative)) & Layout::kPlaces);
     }
+    Words<uint8_t, kCount> codes;
 #pragma unroll
     for (int i = 0; i < kCount; i += 4) {
-      if constexpr (kCount % 4 == 0) {
-        const unsigned low = __byte_perm(sums[i], sums[i + 1], 0x0073),
-                       high = __byte_perm(sums[i + 2], sums[i + 3], 0x0073);
-        words[i / 4] = __byte_perm(low, high, 0x5410);
-      } else {
-        words[i / 4] = sums[i] >> 24;
-      }
+      const unsigned low = __byte_perm(sums[i], sums[i + 1], 0x0073),
+                     high = __byte_perm(sums[i + 2], sums[i + 3], 0x0073);
+      codes.words[i / 4] = __byte_perm(low, high, 0x5410);
     }
+    return codes;
+  }
+
+  // Written out, for the units of multiplication are less in demand here than those of shifts and bits.
+  __device__ __forceinline__ static unsigned multiply_add(unsigned a, unsigned b, unsigned c) {
+#ifdef BNB_HIP
+    return a * b + c;
+#else
+    unsigned result;
+    asm("mad.lo.u32 %0, %1, %2, %3;" : "=r"(result) : "r"(a), "r"(b), "r"(c));
+    return result;
+#endif
+  }
+
+  // The entry of a cell counted from `first`.
+  __device__ __forceinline__ unsigned entry(unsigned cell, int first) const {
+#ifdef BNB_HIP
+    return storage_->entries[cell - first];
+#else
+    const unsigned address = multiply_add(cell, 4u, entries_ - 4u * first);
+    unsigned result;
+    asm("ld.shared.u32 %0, [%1];" : "=r"(result) : "r"(address));
+    return result;
+#endif
   }
 
   // Writes this thread's entries; whether one boundary at most lies in each of these cells.
@@ -208,6 +220,7 @@ class Encoder8 {
   }
 
   const Storage* storage_;
+  unsigned entries_;  // their address in shared memory
   bool signed_, crowded_;
 };
 

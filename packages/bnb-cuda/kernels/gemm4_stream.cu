@@ -4,15 +4,21 @@
 // One thread block lives on each multiprocessor and has a range of tiles of 16 rows of the weight. It takes
 // strips of a few tiles, in a strip segments of 2048 columns, in a segment the tiles: the activations of a
 // segment stay in registers for all tiles of a strip, and the sums of a strip meet once. A tile of a segment is
-// a stage of a ring in shared memory. One warp has bulk copies bring its codes; memory is always busy. A few
-// warps bring its statistics and decode nested ones: they run ahead as far as the ring reaches, so that nobody
-// waits for a load. Sixteen warps share the columns of a stage and multiply.
+// a stage of a ring in shared memory. One lane has the copy engine bring its codes, all at once; memory is always
+// busy. A few warps bring its statistics and decode nested ones: they run ahead as far as the ring reaches, so that
+// nobody waits for a load. Sixteen warps share the columns of a stage and multiply.
+//
+// The copy engine lays codes out in boxes of 16 rows of 128 bytes, the 16 bytes of a unit exchanged within a row so
+// that neighbouring rows have theirs in other banks.
 //
 // While the kernel ahead in the stream is still at work, tables are built and the first codes brought into the
 // second-level cache.
 #include "barriers.h"
 #include "dependent.h"
 #include "gemm4.h"
+#include "tensor_map.h"
+
+#ifndef BNB_HIP
 
 namespace bnb_gpu {
 namespace {
@@ -24,29 +30,37 @@ constexpr int kScaleWarps = 3;
 constexpr int kScaleThreads = kScaleWarps * kLanes;
 constexpr int kCopyWarp = kWarps + kScaleWarps;
 constexpr int kThreads = (kCopyWarp + 1) * kLanes;
-constexpr int kRows = 16;       // of a tile
+constexpr int kRows = 16;  // of a tile
+// Of the statistics that a warp brings, each for 4 neighbouring chunks: of a row, and of a lane.
+constexpr int kQuadsPerRow = kLanes / 4;
+constexpr int kQuads = kRows / 4;
 constexpr int kStripTiles = 4;  // of a strip, at most
 constexpr int kStageColumns = 2048;
-constexpr int kCodePitch = kStageColumns / 2 + 32;
+constexpr int kBoxRowBytes = 128;
+constexpr int kBoxBytes = kRows * kBoxRowBytes;
+constexpr int kStageBoxes = kStageColumns / 2 / kBoxRowBytes;
+constexpr int kUnitBytes = 16;
 // Rows of a token's partial sums; neighbouring tokens lie in other banks.
 constexpr int kSumPitch = kStripTiles * kRows + 4;
-constexpr int kMostStages = 8;
+constexpr int kMostStages = 3;
+constexpr int kBarrierBytes = 2 * kMostStages * sizeof(uint64_t);
 
 template <int kChunk, int kTokenTiles>
 struct SharedLayout {
   static constexpr int kChunks = kStageColumns / kChunk;
   static constexpr int kScalePitch = kChunks + 4;
   static constexpr int kPartialFloats = kWarps * 8 * kTokenTiles * kSumPitch;
-  static constexpr int kStageBytes = kRows * (kCodePitch + kScalePitch * 4);
+  static constexpr int kCodeBytes = kStageBoxes * kBoxBytes, kScaleBytes = kRows * kScalePitch * 4;
+  static constexpr int kStageBytes = kCodeBytes + kScaleBytes;
   static constexpr int kPartial = kPairTableBytes;
   static constexpr int kNestedCode = kPartial + kPartialFloats * 4;
   static constexpr int kBarriers = kNestedCode + 256 * 4;
-  static constexpr int kRing = kBarriers + 128;
+  static constexpr int kRing = (kBarriers + kBarrierBytes + kBoxAlignment - 1) / kBoxAlignment * kBoxAlignment;
   static constexpr int kFit = (kSharedLimit - kRing) / kStageBytes;
   static constexpr int kStages = kFit < kMostStages ? kFit : kMostStages;
-  static constexpr int kBytes = kRing + kStages * kStageBytes;
+  static constexpr int kScales = kRing + kStages * kCodeBytes;
+  static constexpr int kBytes = kScales + kStages * kScaleBytes;
   static_assert(kStages >= 2, "a ring has two stages");
-  static_assert(2 * kMostStages * sizeof(uint64_t) <= kRing - kBarriers, "barriers have room");
 };
 
 // The stages of a thread block in their order.
@@ -99,9 +113,64 @@ __device__ __forceinline__ void left_of(unsigned (&left)[4], unsigned table, uns
   left[3] = pair_of<kByte + 1>(table, lower);
 }
 
+// absmax of 4 neighbouring chunks, the first of them a multiple of 4. The nested block size is 4 at least.
+template <bool kNested>
+struct ScaleQuad {
+  using Scale = BlockScale<kNested, true>;
+  const Scale scale;
+  int block_shift;
+
+  __device__ __forceinline__ ScaleQuad(const Statistics& statistics, float* code, int block_shift, int nested_shift,
+                                       int thread, int threads)
+      : scale(statistics, code, nested_shift, thread, threads), block_shift(block_shift) {}
+
+  // As memory holds them: four numbers, or four codes and the absmax that they share.
+  struct Nested {
+    unsigned codes;
+    float absmax;
+  };
+  using Stored = std::conditional_t<kNested, Nested, float4>;
+
+  // `value`: the place of the first of the weight's values. A chunk is a block, or blocks are larger.
+  template <int kChunk>
+  __device__ __forceinline__ Stored fetch(int64_t value) const {
+    const bool is_dense = (1 << block_shift) == kChunk;
+    const auto block_of = [&](int j) { return (value + j * kChunk) >> block_shift; };
+    const Statistics& from = scale.statistics;
+    if constexpr (kNested) {
+      Nested result;
+      result.absmax = from.absmax[block_of(0) >> scale.nested_shift];
+      if (is_dense) {
+        result.codes = *reinterpret_cast<const unsigned*>(from.absmax_8bit + block_of(0));
+      } else {
+        result.codes = 0;
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          result.codes |= static_cast<unsigned>(from.absmax_8bit[block_of(j)]) << (8 * j);
+        }
+      }
+      return result;
+    } else if (is_dense) {
+      return *reinterpret_cast<const float4*>(from.absmax + block_of(0));
+    } else {
+      return make_float4(from.absmax[block_of(0)], from.absmax[block_of(1)], from.absmax[block_of(2)],
+                         from.absmax[block_of(3)]);
+    }
+  }
+
+  __device__ __forceinline__ float4 values(const Stored& stored) const {
+    if constexpr (kNested) {
+      const auto value = [&](int j) { return scale.value({stored.absmax, stored.codes >> (8 * j) & 0xffu}); };
+      return make_float4(value(0), value(1), value(2), value(3));
+    } else {
+      return stored;
+    }
+  }
+};
+
 template <class T, int kType, bool kNested, int kChunk, int kTokenTiles>
 __global__ void __launch_bounds__(kThreads, 1)
-    gemm4_stream(const T* __restrict__ a, int m, int n, int k, const uint8_t* __restrict__ packed,
+    gemm4_stream(const T* __restrict__ a, int m, int n, int k, const __grid_constant__ CUtensorMap weight,
                  const Statistics statistics, int block_shift, int nested_shift, const void* __restrict__ bias,
                  int bias_dtype, T* __restrict__ out) {
 #if BNB_BULK_COPIES
@@ -111,13 +180,16 @@ __global__ void __launch_bounds__(kThreads, 1)
   constexpr int kLaneBytes = kChunk / 8;              // of a weight row
   constexpr int kLaneValues = kChunk / 4;             // of an activation row
   constexpr int kPerWarp = Layout::kChunks / kWarps;  // chunks of a stage
-  constexpr int kParts = Layout::kChunks / kLanes;    // of a stage's statistics, one chunk per lane
-  extern __shared__ __align__(128) unsigned char shared[];
+  constexpr int kParts = Layout::kChunks / kLanes;    // of a stage's statistics, as many chunks as a warp has lanes
+  constexpr int kPrefetched = kStages < kPrefetchedStages ? kStages : kPrefetchedStages;
+  extern __shared__ __align__(kBoxAlignment) unsigned char shared[];
   uint64_t* full = reinterpret_cast<uint64_t*>(shared + Layout::kBarriers);
   uint64_t* drained = full + kStages;
   float* partial = reinterpret_cast<float*>(shared + Layout::kPartial);
-  const auto stage_codes = [&](int slot) { return shared + Layout::kRing + slot * Layout::kStageBytes; };
-  const auto stage_scales = [&](int slot) { return reinterpret_cast<float*>(stage_codes(slot) + kRows * kCodePitch); };
+  const auto stage_codes = [&](int slot) { return shared + Layout::kRing + slot * Layout::kCodeBytes; };
+  const auto stage_scales = [&](int slot) {
+    return reinterpret_cast<float*>(shared + Layout::kScales + slot * Layout::kScaleBytes);
+  };
 
   const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes;
   const int tiles = (n + kRows - 1) / kRows;
@@ -128,6 +200,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   StageWalk walk(first, end, segments);
 
   if (threadIdx.x == kCopyWarp * kLanes) {
+    prefetch_map(weight);
     for (int s = 0; s < kStages; ++s) {
       initialize(full + s, 1 + kParts * kWarpArrivals);
       initialize(drained + s, kWarps * kWarpArrivals);
@@ -138,35 +211,24 @@ __global__ void __launch_bounds__(kThreads, 1)
   __syncthreads();
 
   if (warp == kCopyWarp) {
+    if (lane != 0) {
+      return;
+    }
     const int stages = (end - first) * segments;
-    // What this lane copies of a stage, a row; rows that the weight does not have it must not touch.
-    const auto codes_of = [&](const StageWalk& at) {
-      const int row = (at.strip + at.tile) * kRows;
-      return packed + static_cast<int64_t>(row + lane) * k / 2 + at.segment * (kStageColumns / 2);
-    };
-    const auto bytes_of = [&](const StageWalk& at) { return min(kStageColumns, k - at.segment * kStageColumns) / 2; };
-    const auto rows_of = [&](const StageWalk& at) { return min(kRows, n - (at.strip + at.tile) * kRows); };
+    const auto box_of = [&](const StageWalk& at) { return at.segment * kStageBoxes; };
+    const auto row_of = [&](const StageWalk& at) { return (at.strip + at.tile) * kRows; };
     StageWalk ahead = walk;
-    for (int stage = min(stages, kPrefetchedStages); stage > 0; --stage) {
-      if (lane < rows_of(ahead)) {
-        prefetch_bulk(codes_of(ahead), bytes_of(ahead));
-      }
+    for (int stage = min(stages, kPrefetched); stage > 0; --stage) {
+      prefetch_boxes(weight, row_of(ahead), box_of(ahead));
       ahead.advance();
     }
     wait_for_kernel_ahead();
     let_kernel_behind_begin();
     RingPlace<kStages> place;
     for (int stage = stages; stage > 0; --stage) {
-      const int rows = rows_of(walk), bytes = bytes_of(walk);
       wait(drained + place.slot, place.parity ^ 1);
-      if (lane == 0) {
-        arrive_expecting(full + place.slot, bytes * rows);
-      }
-      __syncwarp();
-      // A lane per row. Of rows that the weight does not have, codes are whatever was there.
-      if (lane < rows) {
-        copy_bulk(stage_codes(place.slot) + lane * kCodePitch, codes_of(walk), bytes, full + place.slot);
-      }
+      arrive_expecting(full + place.slot, Layout::kCodeBytes);
+      copy_boxes(stage_codes(place.slot), weight, row_of(walk), box_of(walk), full + place.slot);
       place.advance();
       walk.advance();
     }
@@ -175,21 +237,24 @@ __global__ void __launch_bounds__(kThreads, 1)
 
   if (warp >= kWarps) {
     // Each warp brings every kScaleWarps-th part; the next one is under way while it stores one.
-    using Scale = BlockScale<kNested, true>;
+    using Quad = ScaleQuad<kNested>;
     const int scale_warp = warp - kWarps;
     float* code = reinterpret_cast<float*>(shared + Layout::kNestedCode);
     wait_for_kernel_ahead();
-    const Scale scale_of(statistics, code, nested_shift, scale_warp * kLanes + lane, kScaleThreads);
-    typename Scale::Stored raw[2][kRows];
+    const Quad quad(statistics, code, block_shift, nested_shift, scale_warp * kLanes + lane, kScaleThreads);
+    typename Quad::Stored raw[2][kQuads];
     int part = 0;
+    // Neighbouring lanes have neighbouring quads of chunks.
+    const auto row_of = [&](int q) { return (q * kLanes + lane) / kQuadsPerRow; };
+    const int first_chunk = lane % kQuadsPerRow * 4;
     const auto fetch = [&](int slot) {
-      const int column = walk.segment * kStageColumns + (kLanes * part + lane) * kChunk;
+      const int column = walk.segment * kStageColumns + (kLanes * part + first_chunk) * kChunk;
       const int row = (walk.strip + walk.tile) * kRows;
 #pragma unroll
-      for (int r = 0; r < kRows; ++r) {
-        raw[slot][r] = {};
+      for (int q = 0; q < kQuads; ++q) {
+        raw[slot][q] = {};
         if (column < k) {
-          raw[slot][r] = scale_of.fetch((static_cast<int64_t>(min(row + r, n - 1)) * k + column) >> block_shift);
+          raw[slot][q] = quad.template fetch<kChunk>(static_cast<int64_t>(min(row + row_of(q), n - 1)) * k + column);
         }
       }
     };
@@ -221,10 +286,10 @@ __global__ void __launch_bounds__(kThreads, 1)
             fetch(1 - d);
           }
           wait(drained + place.slot, place.parity ^ 1);
-          float* to = stage_scales(place.slot) + kLanes * place_part + lane;
+          float* to = stage_scales(place.slot) + kLanes * place_part + first_chunk;
 #pragma unroll
-          for (int r = 0; r < kRows; ++r) {
-            to[r * Layout::kScalePitch] = scale_of.value(raw[d][r]);
+          for (int q = 0; q < kQuads; ++q) {
+            *reinterpret_cast<float4*>(to + row_of(q) * Layout::kScalePitch) = quad.values(raw[d][q]);
           }
           arrive_as_warp(full + place.slot, lane);
           next_part(place, place_part, kScaleWarps);
@@ -236,12 +301,17 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
 
   const int g = lane / 4, t = lane % 4;
+  // The row of a tile that is this lane's as the g-th, and the one 8 below: lanes that read together have other banks.
+  const int own_row = 2 * (g % 4) + g / 4;
   const unsigned table = shared_address(shared) + 4 * lane;
 
   using Right = Activations<kChunk, kTokenTiles>;
   Right values[kPerWarp];
-  // Activations of this warp's chunks of a segment. Chunks beyond the last column get zeros.
-  const auto load_activations = [&](int segment) {
+  // Those of the next segment are on their way while one is multiplied, where registers hold both. (By way of shared
+  // memory they take longer, measured.)
+  constexpr bool kAhead = kTokenTiles == 1;
+  // Chunks beyond the last column get zeros.
+  const auto load_activations = [&](Right(&into)[kPerWarp], int segment) {
 #pragma unroll
     for (int c = 0; c < kPerWarp; ++c) {
       const int column = segment * kStageColumns + (kWarps * c + warp) * kChunk;
@@ -253,10 +323,10 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
         for (int q = 0; q < kLaneValues / 8; ++q) {
           const uint4 four = token < m && column < k ? from[q] : make_uint4(0, 0, 0, 0);
-          values[c].words[j][4 * q] = four.x;
-          values[c].words[j][4 * q + 1] = four.y;
-          values[c].words[j][4 * q + 2] = four.z;
-          values[c].words[j][4 * q + 3] = four.w;
+          into[c].words[j][4 * q] = four.x;
+          into[c].words[j][4 * q + 1] = four.y;
+          into[c].words[j][4 * q + 2] = four.z;
+          into[c].words[j][4 * q + 3] = four.w;
         }
       }
     }
@@ -266,8 +336,12 @@ __global__ void __launch_bounds__(kThreads, 1)
   // Chunks that are multiplied together, each with two sums: short chains of products, much to overlap.
   constexpr int kTogether = kTokenTiles == 1 ? 2 : 1, kChains = kTokenTiles == 1 ? 2 : 1;
   const auto multiply = [&](float (&sum)[kTokenTiles][4], int slot, int chunk, const Right* right) {
-    const unsigned char* from = stage_codes(slot) + g * kCodePitch + chunk * (kChunk / 2) + t * kLaneBytes;
-    const float* scales = stage_scales(slot) + g * Layout::kScalePitch + chunk;
+    constexpr int kApart = kWarps * (kChunk / 2);  // bytes of a row between the chunks of a warp
+    static_assert(kApart % kBoxRowBytes == 0, "a warp's chunks lie alike in their boxes");
+    const int byte = chunk * (kChunk / 2) + t * kLaneBytes, in_row = byte % kBoxRowBytes;
+    const unsigned char* from = stage_codes(slot) + byte / kBoxRowBytes * kBoxBytes + own_row * kBoxRowBytes +
+                                ((in_row / kUnitBytes) ^ own_row) * kUnitBytes + in_row % kUnitBytes;
+    const float* scales = stage_scales(slot) + own_row * Layout::kScalePitch + chunk;
     Codes<kChunk> codes[kTogether][2];
     float scale[kTogether][2];
 #pragma unroll
@@ -275,8 +349,8 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         const int row = 8 * h, other = kWarps * c;
-        memcpy(&codes[c][h], __builtin_assume_aligned(from + row * kCodePitch + other * (kChunk / 2), kLaneBytes),
-               kLaneBytes);
+        const unsigned char* place = from + row * kBoxRowBytes + c * (kApart / kBoxRowBytes) * kBoxBytes;
+        memcpy(&codes[c][h], __builtin_assume_aligned(place, kLaneBytes), kLaneBytes);
         scale[c][h] = scales[row * Layout::kScalePitch + other];
       }
     }
@@ -307,7 +381,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
   };
 
-  // Sums of a strip over the warps. Lane (g, t) holds rows g and g + 8, tokens 2 t and 2 t + 1 of each tile.
+  // Sums of a strip over the warps. Lane (g, t) holds its row and the one 8 below, tokens 2 t and 2 t + 1 of each tile.
   const auto finish_strip = [&](int strip, int width) {
     if (strip != first) {
       // Until all have read those of the strip before.
@@ -320,7 +394,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         for (int j = 0; j < kTokenTiles; ++j) {
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
-            const int row = kRows * r + 8 * (i / 2) + g, token = 8 * j + 2 * t + i % 2;
+            const int row = kRows * r + 8 * (i / 2) + own_row, token = 8 * j + 2 * t + i % 2;
             partial[(warp * kTokens + token) * kSumPitch + row] = sums[r][j][i];
             sums[r][j][i] = 0.0f;
           }
@@ -347,12 +421,17 @@ __global__ void __launch_bounds__(kThreads, 1)
   wait_for_kernel_ahead();
   a = after_wait(a);
   bias = after_wait(bias);
-  load_activations(0);
+  load_activations(values, 0);
   synchronize_some(1, kMathThreads);
   RingPlace<kStages> place;
   for (int strip = first; strip < end; strip += kStripTiles) {
     const int width = min(kStripTiles, end - strip);
     for (int segment = 0; segment < segments; ++segment) {
+      const int following = segment + 1 < segments ? segment + 1 : 0;
+      [[maybe_unused]] Right next[kPerWarp];
+      if constexpr (kAhead) {
+        load_activations(next, following);
+      }
 #pragma unroll
       for (int r = 0; r < kStripTiles; ++r) {
         if (r < width) {
@@ -369,7 +448,11 @@ __global__ void __launch_bounds__(kThreads, 1)
           place.advance();
         }
       }
-      load_activations(segment + 1 < segments ? segment + 1 : 0);
+      if constexpr (kAhead) {
+        memcpy(values, next, sizeof values);
+      } else {
+        load_activations(values, following);
+      }
     }
     finish_strip(strip, width);
   }
@@ -382,9 +465,10 @@ void run(const Launch& launch, const Gemm4& p) {
   constexpr int kShared = SharedLayout<kChunk, kTokenTiles>::kBytes;
   static SharedMemoryLimit limit;
   limit.raise(launch, reinterpret_cast<const void*>(kernel), kShared);
+  const CUtensorMap weight = folded_map(p.packed, p.n, p.k / 2, kRows, kStageBoxes);
   launch_dependent(kernel, {dim3(launch.grid(ceil_div(p.n, kRows), 1)), kThreads, kShared}, launch, "gemm_4bit",
                    static_cast<const T*>(p.a), static_cast<int>(p.m), static_cast<int>(p.n), static_cast<int>(p.k),
-                   p.packed, p.statistics, exact_log2(p.blocksize), exact_log2(p.statistics.nested_blocksize), p.bias,
+                   weight, p.statistics, exact_log2(p.blocksize), exact_log2(p.statistics.nested_blocksize), p.bias,
                    p.bias_dtype, static_cast<T*>(p.out));
 }
 
@@ -407,3 +491,4 @@ void gemm_4bit_stream(const Launch& launch, const Gemm4& p) {
 }
 
 }  // namespace bnb_gpu
+#endif

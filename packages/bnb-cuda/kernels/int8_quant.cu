@@ -1,4 +1,4 @@
-// Row-wise (and column-wise) int8 quantization of LLM.int8(), with outlier columns found on the device.
+// Row-wise int8 quantization of LLM.int8(), with outlier columns found on the device.
 #include <type_traits>
 
 #include "int8_quant.h"
@@ -7,23 +7,6 @@ namespace bnb_gpu {
 namespace {
 
 constexpr int kThreads = 256;
-
-// The thread block that is the last to get here lists the columns that all of them have flagged. The word after the
-// flags counts thread blocks.
-__device__ void list_columns_at_last(const Outliers& outliers, int64_t columns) {
-  __shared__ bool is_last;
-  const int64_t words = (columns + 31) / 32;
-  __threadfence();
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    is_last = atomicAdd(outliers.flags + words, 1u) == gridDim.x - 1;
-  }
-  __syncthreads();
-  if (is_last) {
-    __threadfence();
-    list_columns([&](int64_t word) { return __ldcg(outliers.flags + word); }, words, outliers.columns, outliers.count);
-  }
-}
 
 // One thread block per row, the row in registers: columns a multiple of 8, at most kVectors * 2048.
 template <class T, int kVectors>
@@ -129,102 +112,6 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// Values of neighbouring columns of one row; zeros beyond the last column.
-template <class T>
-__device__ __forceinline__ Vector<T, kPerVector> load_columns(const T* row, int64_t column, int64_t columns,
-                                                              bool aligned) {
-  if (aligned) {
-    return load_streaming<T, kPerVector>(row + column);
-  }
-  Vector<T, kPerVector> values;
-#pragma unroll
-  for (int i = 0; i < kPerVector; ++i) {
-    values.values[i] = column + i < columns ? row[column + i] : from_float<T>(0.0f);
-  }
-  return values;
-}
-
-// Statistics of columns: a thread takes 8 columns of a band of rows, several rows at a time.
-template <class T>
-__global__ void __launch_bounds__(kThreads) column_statistics(const T* __restrict__ x, int64_t rows, int64_t columns,
-                                                              float threshold, unsigned* __restrict__ absmax) {
-  constexpr int kUnroll = 4;
-  const int64_t column = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * kPerVector;
-  if (column >= columns) {
-    return;
-  }
-  const bool aligned = columns % kPerVector == 0;
-  const int64_t band = (rows + gridDim.y - 1) / gridDim.y;
-  const int64_t begin = blockIdx.y * band, end = begin + band < rows ? begin + band : rows;
-  unsigned bits[kPerVector] = {};
-  for (int64_t row = begin; row < end; row += kUnroll) {
-    Vector<T, kPerVector> values[kUnroll];
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      // The last row again, where there are no more: a maximum does not mind.
-      const int64_t own = row + u < end ? row + u : end - 1;
-      values[u] = load_columns(x + own * columns, column, columns, aligned);
-    }
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-#pragma unroll
-      for (int i = 0; i < kPerVector; ++i) {
-        bits[i] = max(bits[i], inlier_bits(to_float(values[u].values[i]), threshold));
-      }
-    }
-  }
-#pragma unroll
-  for (int i = 0; i < kPerVector; ++i) {
-    if (column + i < columns) {
-      // Magnitudes order as their bits do.
-      atomicMax(absmax + column + i, bits[i]);
-    }
-  }
-}
-
-// Codes of columns, in the same bands.
-template <class T>
-__global__ void __launch_bounds__(kThreads)
-    quantize_columns(const T* __restrict__ x, int64_t rows, int64_t columns, float threshold,
-                     const float* __restrict__ absmax, int8_t* __restrict__ codes) {
-  const int64_t column = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * kPerVector;
-  if (column >= columns) {
-    return;
-  }
-  const bool aligned = columns % kPerVector == 0;
-  const int64_t band = (rows + gridDim.y - 1) / gridDim.y;
-  const int64_t begin = blockIdx.y * band, end = begin + band < rows ? begin + band : rows;
-  float largest[kPerVector], scale[kPerVector];
-#pragma unroll
-  for (int i = 0; i < kPerVector; ++i) {
-    largest[i] = column + i < columns ? absmax[column + i] : 1.0f;
-    scale[i] = scale_of(largest[i]);
-  }
-#pragma unroll 2
-  for (int64_t row = begin; row < end; ++row) {
-    const Vector<T, kPerVector> values = load_columns(x + row * columns, column, columns, aligned);
-    unsigned words[kPerVector / 4] = {};
-#pragma unroll
-    for (int i = 0; i < kPerVector; ++i) {
-      const float value = to_float(values.values[i]);
-      const bool outlier = threshold > 0.0f && fabsf(value) >= threshold;
-      const int8_t code = outlier ? int8_t{0} : encode(value, largest[i], scale[i]);
-      words[i / 4] |= static_cast<unsigned>(static_cast<uint8_t>(code)) << (8 * (i % 4));
-    }
-    int8_t* to = codes + row * columns + column;
-    if (aligned) {
-      __stcs(reinterpret_cast<uint2*>(to), make_uint2(words[0], words[1]));
-    } else {
-#pragma unroll
-      for (int i = 0; i < kPerVector; ++i) {
-        if (column + i < columns) {
-          to[i] = static_cast<int8_t>(words[i / 4] >> (8 * (i % 4)));
-        }
-      }
-    }
-  }
-}
-
 template <class T>
 __global__ void __launch_bounds__(kThreads)
     dequantize_rows(const int8_t* __restrict__ codes, const float* __restrict__ absmax, int64_t total, int64_t columns,
@@ -307,36 +194,6 @@ void int8_quantize_rows(const Launch& launch, const void* x, int dtype, int64_t 
     clear(launch, outliers, codes, rows, columns);
   }
   check_launch("int8_vectorwise_quant");
-}
-
-void int8_double_quantize(const Launch& launch, const void* x, int dtype, int64_t rows, int64_t columns,
-                          float threshold, int8_t* row_codes, int8_t* column_codes, float* row_absmax,
-                          float* column_absmax, const Outliers& outliers) {
-  if (columns == 0) {
-    return int8_quantize_rows(launch, x, dtype, rows, columns, 0.0f, row_codes, row_absmax, outliers, true);
-  }
-  if (threshold > 0.0f) {
-    prepare(launch, outliers, rows, columns);
-  }
-  check(gpuMemsetAsync(column_absmax, 0, columns * 4, launch.stream()), "int8_double_quant");
-  if (rows > 0) {
-    with_dtype(dtype, [&](auto type) {
-      using T = typename decltype(type)::type;
-      const T* from = static_cast<const T*>(x);
-      quantize<T>(launch, from, rows, columns, threshold, row_codes, row_absmax, outliers);
-      const int64_t across = ceil_div(columns, kThreads * kPerVector);
-      const int64_t bands = ceil_div(static_cast<int64_t>(launch.processors()) * 8, across);
-      const dim3 grid(static_cast<unsigned>(across), static_cast<unsigned>(bands < rows ? bands : rows));
-      column_statistics<T><<<grid, kThreads, 0, launch.stream()>>>(from, rows, columns, threshold,
-                                                                   reinterpret_cast<unsigned*>(column_absmax));
-      quantize_columns<T>
-          <<<grid, kThreads, 0, launch.stream()>>>(from, rows, columns, threshold, column_absmax, column_codes);
-    });
-  }
-  if (threshold > 0.0f && rows > 0) {
-    clear(launch, outliers, row_codes, rows, columns);
-  }
-  check_launch("int8_double_quant");
 }
 
 void int8_dequantize_rows(const Launch& launch, const int8_t* codes, const float* absmax, int64_t rows, int64_t columns,

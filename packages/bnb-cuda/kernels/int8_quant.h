@@ -83,6 +83,23 @@ __device__ void list_columns(WordOf&& word_of, int64_t words, int* __restrict__ 
   }
 }
 
+// The thread block that is the last to get here lists the columns that all of them have flagged. The word after the
+// flags counts thread blocks.
+__device__ __forceinline__ void list_columns_at_last(const Outliers& outliers, int64_t columns) {
+  __shared__ bool is_last;
+  const int64_t words = (columns + 31) / 32;
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    is_last = atomicAdd(outliers.flags + words, 1u) == gridDim.x * gridDim.y - 1;
+  }
+  __syncthreads();
+  if (is_last) {
+    __threadfence();
+    list_columns([&](int64_t word) { return __ldcg(outliers.flags + word); }, words, outliers.columns, outliers.count);
+  }
+}
+
 // A few rows with outliers, in one launch; false, with nothing done, if that is not the way for so many.
 bool int8_quantize_few_rows(const Launch& launch, const void* x, int dtype, int64_t rows, int64_t columns,
                             float threshold, int8_t* codes, float* absmax, const Outliers& outliers, bool cleared);

@@ -78,6 +78,17 @@ __device__ __forceinline__ float approximate_reciprocal_root(float value) {
 #endif
 }
 
+// Whether the reciprocal of a positive number with these bits is a normal number.
+__device__ __forceinline__ bool has_normal_reciprocal(unsigned bits) {
+  return bits - power_of_two_bits(-126) < power_of_two_bits(126) - power_of_two_bits(-126);
+}
+
+// The reciprocal, rounded correctly where it is a normal number; that of zero is NaN.
+__device__ __forceinline__ float refined_reciprocal(float value) {
+  const float first = approximate_reciprocal(value);
+  return __fmaf_rn(first, __fmaf_rn(-value, first, 1.0f), first);
+}
+
 // Calls, which keep the rarely needed out of the way.
 template <int kCount>
 __device__ __noinline__ Lanes<kCount> divide_any(Lanes<kCount> a, Lanes<kCount> b) {
@@ -106,8 +117,7 @@ __device__ __forceinline__ Lanes<kCount> operator/(const Lanes<kCount>& a, const
     return divide_any(a, b);
   }
   return each<kCount>([&](int i) {
-    const float divisor = b.values[i], first = approximate_reciprocal(divisor);
-    const float reciprocal = __fmaf_rn(first, __fmaf_rn(-divisor, first, 1.0f), first);
+    const float divisor = b.values[i], reciprocal = refined_reciprocal(divisor);
     const float quotient = a.values[i] * reciprocal;
     return __fmaf_rn(reciprocal, __fmaf_rn(-divisor, quotient, a.values[i]), quotient);
   });

@@ -111,6 +111,20 @@ __device__ __forceinline__ void store_own(T* to, int64_t begin, int64_t count, b
   }
 }
 
+__device__ __forceinline__ void store_own(uint8_t* to, int64_t begin, int64_t count, bool aligned,
+                                          const Words<uint8_t, kOwn>& codes) {
+  if (aligned && begin + kOwn <= count) {
+    store_streaming(to + begin, codes);
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < kOwn; ++i) {
+    if (begin + i < count) {
+      to[begin + i] = codes.byte(i);
+    }
+  }
+}
+
 // Rounds up or down at random, in proportion to the distance.
 __device__ __forceinline__ bfloat16_t rounded_at_random(float value, int64_t seed, uint32_t step, int64_t index) {
   if (!isfinite(value)) {
@@ -186,10 +200,10 @@ struct BlockStep {
     return kPlain ? words_of(load_streaming<E, kOwn>(from + begin))
                   : words_of(load_own(from, begin, row.count, row.aligned));
   }
-  template <class E>
-  __device__ __forceinline__ static void store_vector(E* to, int64_t begin, const Row<T>& row,
-                                                      const Vector<E, kOwn>& values) {
-    kPlain ? store_streaming<E, kOwn>(to + begin, values) : store_own(to, begin, row.count, row.aligned, values);
+  // `Own`: elements as a vector, or codes as words.
+  template <class E, class Own>
+  __device__ __forceinline__ static void store(E* to, int64_t begin, const Row<T>& row, const Own& values) {
+    kPlain ? store_streaming(to + begin, values) : store_own(to, begin, row.count, row.aligned, values);
   }
 
   __device__ __forceinline__ static Loaded load(const Row<T>& row, int64_t block, int lane) {
@@ -247,7 +261,7 @@ struct BlockStep {
           }
         }
       }
-      store_vector(row.p, begin, row, result);
+      store(row.p, begin, row, result);
       // A block of states that no gradient concerns stays as it is.
       if (!kPlain && kCodes && a.skip_zeros && !group_any(any_active)) {
         return;
@@ -255,7 +269,7 @@ struct BlockStep {
 #pragma unroll
       for (int s = 0; s < Layout::kValues; ++s) {
         const int which = state_of(s), slot = slot_of(s);
-        Vector<Element, kOwn> out;
+        Element* to = static_cast<Element*>(row.state[which]) + slot * row.count;
 #pragma unroll
         for (int i = 0; i < kOwn; ++i) {
           states[s].values[i] = active[i] ? states[s].values[i] : before[s].values[i];
@@ -271,17 +285,15 @@ struct BlockStep {
             largest = largest_bits(states[s], whole ? kOwn : static_cast<int>(row.count - begin));
           }
           const float absmax = bnb::float_of(largest);
-          out = coders.encoder[which](states[s].values, absmax, !kPlain);
+          store(to, begin, row, coders.encoder[which](states[s].values, absmax, !kPlain));
           if (lane == 0) {
             row.absmax[which][slot * blocks_of(row) + block] = absmax;
           }
         } else {
-#pragma unroll
-          for (int i = 0; i < kOwn; ++i) {
-            out.values[i] = states[s].values[i];
-          }
+          Vector<Element, kOwn> out;
+          memcpy(&out, &states[s], sizeof out);
+          store(to, begin, row, out);
         }
-        store_vector(static_cast<Element*>(row.state[which]) + slot * row.count, begin, row, out);
       }
     }
   }

@@ -15,16 +15,16 @@ constexpr int kPerGroup = kPerLane * kLanes;
 constexpr int kThreads = 256;
 
 template <class T>
-__device__ __forceinline__ Vector<T, kPerLane> load_values(const T* x, int64_t begin, int64_t count) {
+__device__ __forceinline__ Words<T, kPerLane> load_values(const T* x, int64_t begin, int64_t count) {
   if (begin + kPerLane <= count) {
-    return load_streaming<T, kPerLane>(x + begin);
+    return words_of(load_streaming<T, kPerLane>(x + begin));
   }
   Vector<T, kPerLane> values;
 #pragma unroll
   for (int i = 0; i < kPerLane; ++i) {
     values.values[i] = begin + i < count ? x[begin + i] : from_float<T>(0.0f);
   }
-  return values;
+  return words_of(values);
 }
 
 // Writes the codes of 8 values, four bytes, fewer at the end of the tensor.
@@ -52,19 +52,16 @@ __device__ __noinline__ unsigned encode_any(Lanes<kPerLane> scaled) {
   return word;
 }
 
+// Codes of 8 values of a block with this absmax. All lanes of the group call this.
 template <class T, int kType>
-__device__ __forceinline__ unsigned encode(const Vector<T, kPerLane>& values, unsigned absmax_bits,
+__device__ __forceinline__ unsigned encode(const Words<T, kPerLane>& values, unsigned absmax_bits,
                                            const Encoder4<kType>& encoder) {
-  const float inverse = 1.0f / bnb::float_of(absmax_bits);
-  const Lanes<kPerLane> scaled = words_of(values).floats() * Lanes<kPerLane>::all(inverse);
-  // The reciprocal of a subnormal number may be infinite. That of zero is, too, but it makes NaN.
-  if (absmax_bits != 0 && absmax_bits < 0x00800000u) {
-    return encode_any<kType>(scaled);
-  }
-  unsigned word = 0;
-#pragma unroll
-  for (int i = 0; i < kPerLane; ++i) {
-    word |= encoder(scaled.values[i]) << code_shift(i);
+  const Lanes<kPerLane> numbers = values.floats();
+  const float absmax = bnb::float_of(absmax_bits);
+  // The reciprocal of zero makes NaN of all values, whose codes are right.
+  unsigned word = encoder(numbers * Lanes<kPerLane>::all(refined_reciprocal(absmax)));
+  if (absmax_bits != 0 && !has_normal_reciprocal(absmax_bits)) {
+    word = encode_any<kType>(numbers * Lanes<kPerLane>::all(1.0f / absmax));
   }
   return word;
 }
@@ -75,30 +72,26 @@ __global__ void __launch_bounds__(kThreads, 5)
     quantize4_lanes(const T* __restrict__ x, int64_t count, uint8_t* __restrict__ packed, float* __restrict__ absmax) {
   constexpr int kUnroll = sizeof(T) == 4 ? 2 : 4;
   constexpr int kTile = kThreads * kPerLane * kUnroll;
-  __shared__ uint2 cells[Encoder4<kType>::kCells];
-  Encoder4<kType>::build(cells);
-  __syncthreads();
-  const Encoder4<kType> encoder{cells};
+  const Encoder4<kType> encoder;
   const int lane = threadIdx.x % kLanes, group = threadIdx.x / kLanes;
   for (int64_t tile = static_cast<int64_t>(blockIdx.x) * kTile; tile < count;
        tile += static_cast<int64_t>(gridDim.x) * kTile) {
     const int64_t begin = tile + group * (kPerGroup * kUnroll) + lane * kPerLane;
-    Vector<T, kPerLane> values[kUnroll];
+    Words<T, kPerLane> values[kUnroll];
+    uint8_t* const codes = packed + begin / 2;
+    float* const scales = absmax + begin / kBlock;
     const auto finish = [&](bool whole) {
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u) {
-        const int64_t first = begin + u * kPerGroup;
-        const unsigned bits = group_max<kBlock / kPerLane>(largest_magnitude(values[u]).bits);
-        if (whole || first < count) {
-          const unsigned word = encode<T, kType>(values[u], bits, encoder);
-          if (whole) {
-            __stcs(reinterpret_cast<unsigned*>(packed + first / 2), word);
-          } else {
-            store_codes(packed, first, count, word);
-          }
-          if (lane % (kBlock / kPerLane) == 0) {
-            absmax[first / kBlock] = bnb::float_of(bits);
-          }
+        const unsigned bits = group_max<kBlock / kPerLane>(largest_number_bits(values[u]));
+        const unsigned word = encode<T, kType>(values[u], bits, encoder);
+        if (whole) {
+          __stcs(reinterpret_cast<unsigned*>(codes + u * (kPerGroup / 2)), word);
+        } else {
+          store_codes(packed, begin + u * kPerGroup, count, word);
+        }
+        if ((whole || begin + u * kPerGroup < count) && lane % (kBlock / kPerLane) == 0) {
+          scales[u * (kPerGroup / kBlock)] = bnb::float_of(bits);
         }
       }
     };
@@ -106,7 +99,7 @@ __global__ void __launch_bounds__(kThreads, 5)
     if (tile + kTile <= count) {
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u) {
-        values[u] = load_streaming<T, kPerLane>(x + begin + u * kPerGroup);
+        values[u] = words_of(load_streaming<T, kPerLane>(x + begin + u * kPerGroup));
       }
       finish(true);
     } else {
@@ -124,17 +117,15 @@ template <class T, int kType, int kBlock>
 __global__ void __launch_bounds__(512)
     quantize4_groups(const T* __restrict__ x, int64_t count, uint8_t* __restrict__ packed, float* __restrict__ absmax) {
   constexpr int kGroups = kBlock / kPerGroup;
-  __shared__ uint2 cells[Encoder4<kType>::kCells];
   __shared__ unsigned largest[512 / kLanes];
-  Encoder4<kType>::build(cells);
-  const Encoder4<kType> encoder{cells};
+  const Encoder4<kType> encoder;
   const int lane = threadIdx.x % kLanes, group = threadIdx.x / kLanes;
   constexpr int kTile = 512 * kPerLane;
   for (int64_t tile = static_cast<int64_t>(blockIdx.x) * kTile; tile < count;
        tile += static_cast<int64_t>(gridDim.x) * kTile) {
     const int64_t first = tile + static_cast<int64_t>(threadIdx.x) * kPerLane;
-    const Vector<T, kPerLane> values = load_values(x, first, count);
-    unsigned bits = group_max<kLanes>(largest_magnitude(values).bits);
+    const Words<T, kPerLane> values = load_values(x, first, count);
+    unsigned bits = group_max<kLanes>(largest_number_bits(values));
     __syncthreads();
     if (lane == 0) {
       largest[group] = bits;
@@ -144,11 +135,9 @@ __global__ void __launch_bounds__(512)
     for (int g = 0; g < kGroups; ++g) {
       bits = max(bits, largest[group / kGroups * kGroups + g]);
     }
-    if (first < count) {
-      store_codes(packed, first, count, encode<T, kType>(values, bits, encoder));
-      if (first % kBlock == 0) {
-        absmax[first / kBlock] = bnb::float_of(bits);
-      }
+    store_codes(packed, first, count, encode<T, kType>(values, bits, encoder));
+    if (first < count && first % kBlock == 0) {
+      absmax[first / kBlock] = bnb::float_of(bits);
     }
   }
 }

@@ -27,23 +27,47 @@ inline decltype(&cuTensorMapEncodeTiled) tensor_map_encoder() {
   return encoder;
 }
 
-// A matrix with contiguous rows of `columns` elements, and boxes of `box_rows` x `box_columns`. Swizzled boxes have
-// rows of as many bytes as the name says; with 128 they lie as the matrix units want them.
-inline CUtensorMap matrix_map(const void* data, CUtensorMapDataType type, int element_bytes, int64_t rows,
-                              int64_t columns, int box_rows, int box_columns,
-                              CUtensorMapSwizzle swizzle = CU_TENSOR_MAP_SWIZZLE_NONE) {
+// Sizes, strides in bytes of all dimensions but the first, and sizes of a box; the first dimension is contiguous.
+template <int kRank>
+CUtensorMap tensor_map(const void* data, CUtensorMapDataType type, const cuuint64_t (&sizes)[kRank],
+                       const cuuint64_t (&strides)[kRank - 1], const cuuint32_t (&box)[kRank],
+                       CUtensorMapSwizzle swizzle) {
   CUtensorMap map;
-  const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
-  const cuuint64_t stride[1] = {static_cast<cuuint64_t>(columns) * element_bytes};
-  const cuuint32_t box[2] = {static_cast<cuuint32_t>(box_columns), static_cast<cuuint32_t>(box_rows)};
-  const cuuint32_t steps[2] = {1, 1};
-  const CUresult status = tensor_map_encoder()(&map, type, 2, const_cast<void*>(data), sizes, stride, box, steps,
+  cuuint32_t steps[kRank];
+  for (cuuint32_t& step : steps) {
+    step = 1;
+  }
+  const CUresult status = tensor_map_encoder()(&map, type, kRank, const_cast<void*>(data), sizes, strides, box, steps,
                                                CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle,
                                                CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (status != CUDA_SUCCESS) {
     throw std::runtime_error("bnb-cuda: the driver refused to describe a matrix, error " + std::to_string(status));
   }
   return map;
+}
+
+// A matrix with contiguous rows of `columns` elements, and boxes of `box_rows` x `box_columns`. Swizzled boxes have
+// rows of as many bytes as the name says; with 128 they lie as the matrix units want them.
+inline CUtensorMap matrix_map(const void* data, CUtensorMapDataType type, int element_bytes, int64_t rows,
+                              int64_t columns, int box_rows, int box_columns,
+                              CUtensorMapSwizzle swizzle = CU_TENSOR_MAP_SWIZZLE_NONE) {
+  return tensor_map<2>(data, type, {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)},
+                       {static_cast<cuuint64_t>(columns) * element_bytes},
+                       {static_cast<cuuint32_t>(box_columns), static_cast<cuuint32_t>(box_rows)}, swizzle);
+}
+
+// Where boxes whose rows are swizzled over 128 bytes begin in shared memory.
+constexpr int kBoxAlignment = 1024;
+
+// A matrix of bytes, `row_bytes` a multiple of 128, as a row of boxes of `box_rows` x 128 bytes, swizzled, of which
+// `boxes` neighbours are brought at once.
+inline CUtensorMap folded_map(const void* data, int64_t rows, int64_t row_bytes, int box_rows, int boxes) {
+  constexpr int kWidth = 128;
+  return tensor_map<3>(data, CU_TENSOR_MAP_DATA_TYPE_UINT8,
+                       {kWidth, static_cast<cuuint64_t>(rows), static_cast<cuuint64_t>(row_bytes / kWidth)},
+                       {static_cast<cuuint64_t>(row_bytes), kWidth},
+                       {kWidth, static_cast<cuuint32_t>(box_rows), static_cast<cuuint32_t>(boxes)},
+                       CU_TENSOR_MAP_SWIZZLE_128B);
 }
 
 // Copies the box that begins at this column and row, and has the barrier count its bytes.
@@ -57,12 +81,40 @@ __device__ __forceinline__ void copy_box(void* to, const CUtensorMap& map, int c
 #endif
 }
 
+// Has the copy engine read a description ahead of its first use.
+__device__ __forceinline__ void prefetch_map(const CUtensorMap& map) {
+#if BNB_BULK_COPIES
+  asm volatile("prefetch.tensormap [%0];" ::"l"(reinterpret_cast<uint64_t>(&map)) : "memory");
+#endif
+}
+
 // Brings the box into the second-level cache only.
 __device__ __forceinline__ void prefetch_box(const CUtensorMap& map, int column, int row) {
 #if BNB_BULK_COPIES
   asm volatile(
       "cp.async.bulk.prefetch.tensor.2d.L2.global.tile [%0, {%1, %2}];" ::"l"(reinterpret_cast<uint64_t>(&map)),
       "r"(column), "r"(row)
+      : "memory");
+#endif
+}
+
+// The boxes of a folded matrix that begin at this row and are neighbours from this one on.
+__device__ __forceinline__ void copy_boxes(void* to, const CUtensorMap& map, int row, int box, uint64_t* barrier) {
+#if BNB_BULK_COPIES
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], [%5];" ::
+          "r"(shared_address(to)),
+      "l"(reinterpret_cast<uint64_t>(&map)), "r"(0), "r"(row), "r"(box), "r"(shared_address(barrier))
+      : "memory");
+#endif
+}
+
+// Brings them into the second-level cache only.
+__device__ __forceinline__ void prefetch_boxes(const CUtensorMap& map, int row, int box) {
+#if BNB_BULK_COPIES
+  asm volatile(
+      "cp.async.bulk.prefetch.tensor.3d.L2.global.tile [%0, {%1, %2, %3}];" ::"l"(reinterpret_cast<uint64_t>(&map)),
+      "r"(0), "r"(row), "r"(box)
       : "memory");
 #endif
 }

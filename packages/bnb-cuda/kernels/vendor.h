@@ -92,7 +92,7 @@ __device__ __forceinline__ bool group_any(bool value) {
 }
 template <class T>
 __device__ __forceinline__ T shuffle(T value, int lane, int width = kLanes) {
-  return __shfl(value, lane, width);
+  return __shfl(value, lane & (width - 1), width);
 }
 template <class T>
 __device__ __forceinline__ T shuffle_xor(T value, int mask, int width = kLanes) {

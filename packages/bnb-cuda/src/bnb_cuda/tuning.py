@@ -38,6 +38,8 @@ class Plan(NamedTuple):
 MOST_ROWS_FEW = 16
 MOST_ROWS_TILES = 192
 MOST_ROWS_GROUPS = 256
+#: Columns that the copy engine brings at least.
+STREAM_MULTIPLE = 256
 #: From here on the estimates below choose among groups, wide tiles and dequantizing (compute capability 9.0).
 LEAST_ROWS_ESTIMATED = 129
 #: With more rows the library's product is so much better that dequantizing always pays.
@@ -79,7 +81,8 @@ def plan_gemm_4bit(
     if not fits_matrix_units(n, k, blocksize, dtype, capability):
         return Plan(Path.SCALAR if rows <= MOST_ROWS_SCALAR else Path.DEQUANTIZE)
     if rows <= MOST_ROWS_FEW:
-        return Plan(Path.STREAM if has_large_shared_memory(capability) else Path.FEW)
+        streams = has_large_shared_memory(capability) and k % STREAM_MULTIPLE == 0
+        return Plan(Path.STREAM if streams else Path.FEW)
     if capability == 90 and blocksize >= 64:
         split = split_of(rows, n, k, capability, processors)
         if rows < LEAST_ROWS_ESTIMATED:
