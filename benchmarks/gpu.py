@@ -3,7 +3,11 @@
 Run once per library, with PYTHONPATH choosing it, on the same machine::
 
     python benchmarks/gpu.py ours --json ours.json
-    PYTHONPATH=/folder/of/other python benchmarks/gpu.py upstream --json upstream.json
+    PYTHONPATH=/folder/of/other python benchmarks/gpu.py upstream --events --json upstream.json
+    PYTHONPATH=/folder/of/torchao python benchmarks/gpu.py torchao torchao --json torchao.json
+
+Some calls of bitsandbytes 0.50.2 cannot be captured in a graph, hence ``--events``: where its host is slower than the
+device, the host is what is timed.
 
 Each row has the time on the device in microseconds and its ratio to the floor: bytes that must move over the
 rate of a large copy, or operations over the rate of a large matrix product, both measured first. Buffers rotate,
@@ -68,9 +72,14 @@ def by_clock(call: Callable[[], object], repeats: int = 200) -> float:
 
 
 class Ceilings:
-    """Rates of the card, measured."""
+    """Rates of the card, measured, and the way to time calls on it.
 
-    def __init__(self) -> None:
+    Args:
+        captures: whether the calls of the library can be captured in a graph.
+    """
+
+    def __init__(self, captures: bool) -> None:
+        self.per_call = by_graph if captures else by_events
         source = torch.randn(2**28, device="cuda")
         target = torch.empty_like(source)
         self.bytes_per_us = 2 * source.nbytes / by_events([lambda: target.copy_(source)], 10)
@@ -93,22 +102,22 @@ def quantization(rates: Ceilings) -> Iterator[Row]:
         four = plain + count / 2 + count / 16
         for kind in ("nf4", "fp4"):
             calls = [lambda t=t, kind=kind: F.quantize_4bit(t, quant_type=kind) for t in tensors]
-            yield f"quantize_4bit {kind} {name}", by_graph(calls), rates.floor(four)
+            yield f"quantize_4bit {kind} {name}", rates.per_call(calls), rates.floor(four)
         for nested in (False, True):
             states = [F.quantize_4bit(t, quant_type="nf4", compress_statistics=nested) for t in tensors]
             label = f"dequantize_4bit nf4{' nested' if nested else ''} {name}"
-            yield label, by_graph([lambda s=s: F.dequantize_4bit(*s) for s in states]), rates.floor(four)
+            yield label, rates.per_call([lambda s=s: F.dequantize_4bit(*s) for s in states]), rates.floor(four)
         eight = plain + count * (1 + 4 / 256)
         calls = [lambda t=t: F.quantize_blockwise(t, blocksize=256) for t in tensors]
-        yield f"quantize_blockwise {name}", by_graph(calls), rates.floor(eight)
+        yield f"quantize_blockwise {name}", rates.per_call(calls), rates.floor(eight)
         states = [F.quantize_blockwise(t, blocksize=256) for t in tensors]
         calls = [lambda s=s: F.dequantize_blockwise(*s) for s in states]
-        yield f"dequantize_blockwise {name}", by_graph(calls), rates.floor(eight)
+        yield f"dequantize_blockwise {name}", rates.per_call(calls), rates.floor(eight)
     halves = [t.half() for t in tensors]
     calls = [lambda t=t: F.int8_vectorwise_quant(t) for t in halves]
-    yield "int8_vectorwise_quant float16", by_graph(calls), rates.floor(count * 3)
+    yield "int8_vectorwise_quant float16", rates.per_call(calls), rates.floor(count * 3)
     calls = [lambda t=t: F.int8_double_quant(t) for t in halves]
-    yield "int8_double_quant float16", by_graph(calls), rates.floor(count * 4)
+    yield "int8_double_quant float16", rates.per_call(calls), rates.floor(count * 4)
 
 
 def products(rates: Ceilings) -> Iterator[Row]:
@@ -127,11 +136,11 @@ def products(rates: Ceilings) -> Iterator[Row]:
                 moved = n * k / 2 + n * k / 64 * (1 if nested else 4) + 2 * m * (n + k)
                 label = f"matmul_4bit nf4{' nested' if nested else ''} M={m} {n}x{k}"
                 calls = [lambda x=x, s=s: bnb.matmul_4bit(x, s[0].t(), quant_state=s[1]) for s in states]
-                yield label, by_graph(calls), rates.floor(moved, 2 * m * n * k)
+                yield label, rates.per_call(calls), rates.floor(moved, 2 * m * n * k)
                 if not nested:
                     calls = [lambda x=x, w=w: torch.nn.functional.linear(x, w) for w in plain]
                     floor = rates.floor(2 * (n * k + m * (n + k)), 2 * m * n * k)
-                    yield f"torch linear bfloat16 M={m} {n}x{k}", by_graph(calls), floor
+                    yield f"torch linear bfloat16 M={m} {n}x{k}", rates.per_call(calls), floor
 
 
 def linear8(rates: Ceilings) -> Iterator[Row]:
@@ -148,7 +157,7 @@ def linear8(rates: Ceilings) -> Iterator[Row]:
             floor = rates.floor(n * k + 2 * m * (n + k), 2 * m * n * k / 1.9)
             call = lambda x=x, f=layer: f(x)  # noqa: E731
             yield f"Linear8bitLt threshold {threshold:g} M={m}, wall", by_clock(call, 50), floor
-            yield f"Linear8bitLt threshold {threshold:g} M={m}", by_graph([call] * 3), floor
+            yield f"Linear8bitLt threshold {threshold:g} M={m}", rates.per_call([call] * 3), floor
             if threshold == 0:
                 floor = rates.floor(2 * n * k + 2 * m * (n + k), 2 * m * n * k)
                 yield f"torch linear float16 M={m}, wall", by_clock(lambda x=x: plain(x), 50), floor
@@ -171,7 +180,7 @@ def calls(rates: Ceilings) -> Iterator[Row]:
     table = bnb.nn.Embedding4bit(128256, 4096, quant_type="nf4", dtype=torch.bfloat16).cuda()
     ids = [torch.randint(0, 128256, (2048,), device="cuda") for _ in range(8)]
     lookups = [lambda i=i: table(i) for i in ids]
-    yield "Embedding4bit 128256x4096, 2048 ids", by_graph(lookups), rates.floor(2048 * 4096 * 2.5625)
+    yield "Embedding4bit 128256x4096, 2048 ids", rates.per_call(lookups), rates.floor(2048 * 4096 * 2.5625)
 
 
 def llama_shapes() -> list[tuple[int, ...]]:
@@ -212,6 +221,35 @@ def optimizers(rates: Ceilings) -> Iterator[Row]:
             del fused
 
 
+def torchao(rates: Ceilings) -> Iterator[Row]:
+    """The nearest relatives in torchao, compiled as it wants them: layers with NF4 and int8 weights, and AdamW8bit."""
+    from torchao.optim import AdamW8bit
+    from torchao.prototype._nf4tensor_api import NF4WeightOnlyConfig
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig, quantize_
+
+    n, k = 14336, 4096
+    layers = {
+        "NF4 nested": (NF4WeightOnlyConfig, n * k / 2 + n * k / 64, 1.0),
+        "int8 weight": (Int8WeightOnlyConfig, n * k, 1.0),
+        "int8 weight and activations": (Int8DynamicActivationInt8WeightConfig, n * k, 1.9),
+    }
+    for name, (configuration, weight_bytes, faster) in layers.items():
+        holders = [torch.nn.Sequential(torch.nn.Linear(k, n, bias=False, device="cuda")).bfloat16() for _ in range(5)]
+        for holder in holders:
+            quantize_(holder, configuration())
+        forward = torch.compile(lambda holder, x: holder(x))
+        # Torch's integer product wants more than 16 rows.
+        for m in (32, 128, 1024) if faster > 1 else (1, 16, 128, 1024):
+            x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
+            floor = rates.floor(weight_bytes + 2 * m * (n + k), 2 * m * n * k / faster)
+            calls = [lambda x=x, f=forward, h=holder: f(h, x) for holder in holders]
+            yield f"{name} M={m} {n}x{k}", rates.per_call(calls), floor
+        torch._dynamo.reset()
+    weight = torch.nn.Parameter(torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) * 0.02)
+    weight.grad = torch.randn_like(weight) * 0.01
+    yield "AdamW8bit bfloat16 64 M", by_events([AdamW8bit([weight], lr=1e-4).step]), rates.floor(weight.numel() * 10)
+
+
 GROUPS = {
     "quantization": quantization,
     "products": products,
@@ -219,24 +257,27 @@ GROUPS = {
     "calls": calls,
     "optimizers": optimizers,
 }
+#: Of libraries that have names of their own; the command line must ask for them.
+OTHERS = {"torchao": torchao}
 
 
 def main() -> None:
     """Run the groups that the command line names, all without."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("label", help="name of the library in the output")
-    parser.add_argument("groups", nargs="*", metavar="GROUP", help="what to time; everything without")
+    parser.add_argument("groups", nargs="*", metavar="GROUP", help="what to time; all that bitsandbytes has without")
     parser.add_argument("--json", type=Path, help="file for the rows")
+    parser.add_argument("--events", action="store_true", help="for a library whose calls no graph can capture")
     chosen = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.manual_seed(0)
-    rates = Ceilings()
+    rates = Ceilings(captures=not chosen.events)
     card = torch.cuda.get_device_name()
     print(f"{card}: copy {rates.bytes_per_us / 1e6:.2f} TB/s, bf16 {rates.operations_per_us / 1e6:.0f} TFLOP/s")
     rows = []
     with torch.no_grad():
         for name in chosen.groups or GROUPS:
-            for label, spent, floor in GROUPS[name](rates):
+            for label, spent, floor in (GROUPS | OTHERS)[name](rates):
                 rows.append({"library": chosen.label, "case": label, "us": spent, "floor_us": floor})
                 print(f"{label:48s} {spent:9.1f} us  floor {floor:7.1f}  x {spent / floor:5.2f}", flush=True)
     if chosen.json:

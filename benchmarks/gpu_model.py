@@ -216,6 +216,7 @@ def main() -> None:
     parser.add_argument("kinds", nargs="*", help="bf16, 'nf4', 'nf4 nested', 'int8 0', 'int8 6'; all without")
     parser.add_argument("--compiled", action="store_true", help="also the compiled forward, which takes its time")
     parser.add_argument("--json", type=Path, help="file for the rows")
+    parser.add_argument("--eager", action="store_true", help="without graphs, for a library that they cannot capture")
     chosen = parser.parse_args()
     warnings.simplefilter("ignore")
     rows = []
@@ -225,7 +226,7 @@ def main() -> None:
             quantize(model, kind)
         gc.collect()
         torch.cuda.empty_cache()
-        groups = [inference, static_decoding]
+        groups = [inference] if chosen.eager else [inference, static_decoding]
         if chosen.compiled:
             groups.append(compiled_decoding)
         if kind == "nf4 nested":

@@ -3,29 +3,15 @@
 
 #include "codes8.h"
 #include "kernels.h"
+#include "tiles.h"
 
 namespace bnb_gpu {
 namespace {
 
 constexpr int kThreads = 256;
 constexpr int kManyThreads = 512;
-constexpr int kPerLane = 8;
-constexpr int kPerGroup = kPerLane * kLanes;
 // Values of a lane that are decoded in turn.
 constexpr int kInTurn = 32;
-
-template <class T>
-__device__ __forceinline__ Words<T, kPerLane> load_values(const T* x, int64_t begin, int64_t count) {
-  if (begin + kPerLane <= count) {
-    return words_of(load_streaming<T, kPerLane>(x + begin));
-  }
-  Vector<T, kPerLane> values;
-#pragma unroll
-  for (int i = 0; i < kPerLane; ++i) {
-    values.values[i] = begin + i < count ? x[begin + i] : from_float<T>(0.0f);
-  }
-  return words_of(values);
-}
 
 template <int kCount>
 __device__ __forceinline__ Words<uint8_t, kCount> load_codes(const uint8_t* codes, int64_t begin, int64_t count) {
@@ -68,47 +54,26 @@ template <class T, int kBlock>
 __global__ void __launch_bounds__(kThreads)
     quantize8_lanes(const T* __restrict__ x, int64_t count, const float* __restrict__ code, int code_size,
                     uint8_t* __restrict__ codes, float* __restrict__ absmax) {
-  constexpr int kUnroll = sizeof(T) == 4 ? 2 : 4;
-  constexpr int kTile = kThreads * kPerLane * kUnroll;
   __shared__ Encoder8::Storage storage;
   const Encoder8 encoder(storage, code, code_size);
-  const int lane = threadIdx.x % kLanes, group = threadIdx.x / kLanes;
-  for (int64_t tile = static_cast<int64_t>(blockIdx.x) * kTile; tile < count;
-       tile += static_cast<int64_t>(gridDim.x) * kTile) {
-    const int64_t begin = tile + group * (kPerGroup * kUnroll) + lane * kPerLane;
-    Words<T, kPerLane> values[kUnroll];
+  const int lane = threadIdx.x % kLanes;
+  for_each_tile<T, kThreads>(x, count, [&](int64_t begin, const auto& values, bool whole) {
     float* const scales = absmax + begin / kBlock;
-    const auto finish = [&](bool whole) {
 #pragma unroll
-      for (int u = 0; u < kUnroll; ++u) {
-        const Largest own = largest_magnitude(values[u]);
-        const unsigned bits = group_max<kBlock / kPerLane>(own.bits);
-        const Words<uint8_t, kPerLane> out = encode(values[u], bits, own.has_nan, encoder);
-        if (whole) {
-          store_streaming(codes + begin + u * kPerGroup, out);
-        } else {
-          store_codes(codes, begin + u * kPerGroup, count, out);
-        }
-        if ((whole || begin + u * kPerGroup < count) && lane % (kBlock / kPerLane) == 0) {
-          scales[u * (kPerGroup / kBlock)] = bnb::float_of(bits);
-        }
+    for (int u = 0; u < kTileUnroll<T>; ++u) {
+      const Largest own = largest_magnitude(values[u]);
+      const unsigned bits = group_max<kBlock / kPerLane>(own.bits);
+      const Words<uint8_t, kPerLane> out = encode(values[u], bits, own.has_nan, encoder);
+      if (whole) {
+        store_streaming(codes + begin + u * kPerGroup, out);
+      } else {
+        store_codes(codes, begin + u * kPerGroup, count, out);
       }
-    };
-    // Only the last tile has to look where the tensor ends.
-    if (tile + kTile <= count) {
-#pragma unroll
-      for (int u = 0; u < kUnroll; ++u) {
-        values[u] = words_of(load_streaming<T, kPerLane>(x + begin + u * kPerGroup));
+      if ((whole || begin + u * kPerGroup < count) && lane % (kBlock / kPerLane) == 0) {
+        scales[u * (kPerGroup / kBlock)] = bnb::float_of(bits);
       }
-      finish(true);
-    } else {
-#pragma unroll
-      for (int u = 0; u < kUnroll; ++u) {
-        values[u] = load_values(x, begin + u * kPerGroup, count);
-      }
-      finish(false);
     }
-  }
+  });
 }
 
 // Blocks of kBlock = 512 ... 4096 values, each in kBlock / 8 threads.
@@ -116,31 +81,15 @@ template <class T, int kBlock>
 __global__ void __launch_bounds__(kManyThreads)
     quantize8_groups(const T* __restrict__ x, int64_t count, const float* __restrict__ code, int code_size,
                      uint8_t* __restrict__ codes, float* __restrict__ absmax) {
-  constexpr int kGroups = kBlock / kPerGroup, kTile = kManyThreads * kPerLane;
   __shared__ Encoder8::Storage storage;
-  __shared__ unsigned largest[kManyThreads / kLanes];
   const Encoder8 encoder(storage, code, code_size);
-  const int lane = threadIdx.x % kLanes, group = threadIdx.x / kLanes;
-  for (int64_t tile = static_cast<int64_t>(blockIdx.x) * kTile; tile < count;
-       tile += static_cast<int64_t>(gridDim.x) * kTile) {
-    const int64_t first = tile + static_cast<int64_t>(threadIdx.x) * kPerLane;
-    const Words<T, kPerLane> values = load_values(x, first, count);
-    const Largest own = largest_magnitude(values);
-    unsigned bits = group_max<kLanes>(own.bits);
-    __syncthreads();
-    if (lane == 0) {
-      largest[group] = bits;
-    }
-    __syncthreads();
-#pragma unroll
-    for (int g = 0; g < kGroups; ++g) {
-      bits = max(bits, largest[group / kGroups * kGroups + g]);
-    }
-    store_codes(codes, first, count, encode(values, bits, own.has_nan, encoder));
-    if (first < count && first % kBlock == 0) {
-      absmax[first / kBlock] = bnb::float_of(bits);
-    }
-  }
+  for_each_block<T, kManyThreads, kBlock>(x, count,
+                                          [&](int64_t first, const auto& values, unsigned bits, bool has_nan) {
+                                            store_codes(codes, first, count, encode(values, bits, has_nan, encoder));
+                                            if (first < count && first % kBlock == 0) {
+                                              absmax[first / kBlock] = bnb::float_of(bits);
+                                            }
+                                          });
 }
 
 // Any block size: a thread block takes a block of values, in two passes.
@@ -180,9 +129,9 @@ __global__ void __launch_bounds__(kThreads)
   load_table(table, code, code_size);
   __syncthreads();
   const int lane = threadIdx.x % kLanes, group = threadIdx.x / kLanes;
-  constexpr int kTile = kThreads * kInTurn;
-  for (int64_t tile = static_cast<int64_t>(blockIdx.x) * kTile; tile < count;
-       tile += static_cast<int64_t>(gridDim.x) * kTile) {
+  constexpr int kStep = kThreads * kInTurn;
+  for (int64_t tile = static_cast<int64_t>(blockIdx.x) * kStep; tile < count;
+       tile += static_cast<int64_t>(gridDim.x) * kStep) {
     const int64_t begin = tile + group * (kLanes * kInTurn) + lane * kOwn;
     Words<uint8_t, kOwn> words[kUnroll];
     float scales[kUnroll];
@@ -233,11 +182,11 @@ void launch_quantize(const Launch& launch, const T* x, int64_t count, const floa
                      float* absmax) {
   constexpr bool kInLanes = kBlock <= kPerGroup;
   constexpr int kBlockThreads = kInLanes ? kThreads : kManyThreads;
-  constexpr int kTile = kBlockThreads * kPerLane * (kInLanes ? (sizeof(T) == 4 ? 2 : 4) : 1);
+  constexpr int kValues = kInLanes ? kTile<T, kThreads> : kManyThreads * kPerLane;
   const auto go = [&](auto kernel) {
     static ResidentGrid grid;
-    kernel<<<grid(launch, reinterpret_cast<const void*>(kernel), kBlockThreads, ceil_div(count, kTile)), kBlockThreads,
-             0, launch.stream()>>>(x, count, code, code_size, codes, absmax);
+    kernel<<<grid(launch, reinterpret_cast<const void*>(kernel), kBlockThreads, ceil_div(count, kValues)),
+             kBlockThreads, 0, launch.stream()>>>(x, count, code, code_size, codes, absmax);
   };
   if constexpr (kInLanes) {
     go(quantize8_lanes<T, kBlock>);

@@ -28,7 +28,7 @@ __device__ __forceinline__ unsigned inlier_bits(float value, float threshold) {
   return threshold > 0.0f && bnb::float_of(bits) >= threshold ? 0u : bits;
 }
 
-// In global or shared memory. A flag that is known is not set again, since all rows would wait for each other.
+// In global memory. A flag that is known is not set again, since all rows would wait for each other.
 __device__ __forceinline__ void flag_column(unsigned* flags, int64_t column) {
   const unsigned bit = 1u << (column % 32);
   if ((*reinterpret_cast<volatile unsigned*>(flags + column / 32) & bit) == 0) {

@@ -44,13 +44,15 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll 4
   for (int column = first; busy && column < columns; column += stride) {
     const auto values = *reinterpret_cast<const Vector<T, kPerVector>*>(from + column);
+    unsigned flagged = 0;
 #pragma unroll
     for (int i = 0; i < kPerVector; ++i) {
       const float value = to_float(values.values[i]);
       bits = max(bits, inlier_bits(value, threshold));
-      if (fabsf(value) >= threshold) {
-        flag_column(own_flags, column + i);
-      }
+      flagged |= fabsf(value) >= threshold ? 1u << i : 0u;
+    }
+    if (flagged != 0) {
+      atomicOr(own_flags + column / 32, flagged << (column % 32));
     }
   }
   bits = group_max<kLanes>(bits);

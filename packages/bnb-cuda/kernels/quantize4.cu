@@ -1,31 +1,18 @@
 // Values to packed 4-bit codes and one absmax per block.
 //
-// A lane holds 8 neighbouring values: one 16-byte load for 16-bit types, one 4-byte store of codes.
+// A lane holds 8 neighbouring values, one 4-byte store of codes.
 // Blocks of up to 256 values live in a group of lanes, larger ones in several groups of a thread block.
 #include <type_traits>
 
 #include "codes4.h"
 #include "kernels.h"
+#include "tiles.h"
 
 namespace bnb_gpu {
 namespace {
 
-constexpr int kPerLane = 8;
-constexpr int kPerGroup = kPerLane * kLanes;
 constexpr int kThreads = 256;
-
-template <class T>
-__device__ __forceinline__ Words<T, kPerLane> load_values(const T* x, int64_t begin, int64_t count) {
-  if (begin + kPerLane <= count) {
-    return words_of(load_streaming<T, kPerLane>(x + begin));
-  }
-  Vector<T, kPerLane> values;
-#pragma unroll
-  for (int i = 0; i < kPerLane; ++i) {
-    values.values[i] = begin + i < count ? x[begin + i] : from_float<T>(0.0f);
-  }
-  return words_of(values);
-}
+constexpr int kManyThreads = 512;
 
 // Writes the codes of 8 values, four bytes, fewer at the end of the tensor.
 __device__ __forceinline__ void store_codes(uint8_t* packed, int64_t begin, int64_t count, unsigned word) {
@@ -70,76 +57,38 @@ __device__ __forceinline__ unsigned encode(const Words<T, kPerLane>& values, uns
 template <class T, int kType, int kBlock>
 __global__ void __launch_bounds__(kThreads, 5)
     quantize4_lanes(const T* __restrict__ x, int64_t count, uint8_t* __restrict__ packed, float* __restrict__ absmax) {
-  constexpr int kUnroll = sizeof(T) == 4 ? 2 : 4;
-  constexpr int kTile = kThreads * kPerLane * kUnroll;
   const Encoder4<kType> encoder;
-  const int lane = threadIdx.x % kLanes, group = threadIdx.x / kLanes;
-  for (int64_t tile = static_cast<int64_t>(blockIdx.x) * kTile; tile < count;
-       tile += static_cast<int64_t>(gridDim.x) * kTile) {
-    const int64_t begin = tile + group * (kPerGroup * kUnroll) + lane * kPerLane;
-    Words<T, kPerLane> values[kUnroll];
+  const int lane = threadIdx.x % kLanes;
+  for_each_tile<T, kThreads>(x, count, [&](int64_t begin, const auto& values, bool whole) {
     uint8_t* const codes = packed + begin / 2;
     float* const scales = absmax + begin / kBlock;
-    const auto finish = [&](bool whole) {
 #pragma unroll
-      for (int u = 0; u < kUnroll; ++u) {
-        const unsigned bits = group_max<kBlock / kPerLane>(largest_number_bits(values[u]));
-        const unsigned word = encode<T, kType>(values[u], bits, encoder);
-        if (whole) {
-          __stcs(reinterpret_cast<unsigned*>(codes + u * (kPerGroup / 2)), word);
-        } else {
-          store_codes(packed, begin + u * kPerGroup, count, word);
-        }
-        if ((whole || begin + u * kPerGroup < count) && lane % (kBlock / kPerLane) == 0) {
-          scales[u * (kPerGroup / kBlock)] = bnb::float_of(bits);
-        }
+    for (int u = 0; u < kTileUnroll<T>; ++u) {
+      const unsigned bits = group_max<kBlock / kPerLane>(largest_number_bits(values[u]));
+      const unsigned word = encode<T, kType>(values[u], bits, encoder);
+      if (whole) {
+        __stcs(reinterpret_cast<unsigned*>(codes + u * (kPerGroup / 2)), word);
+      } else {
+        store_codes(packed, begin + u * kPerGroup, count, word);
       }
-    };
-    // Only the last tile has to look where the tensor ends.
-    if (tile + kTile <= count) {
-#pragma unroll
-      for (int u = 0; u < kUnroll; ++u) {
-        values[u] = words_of(load_streaming<T, kPerLane>(x + begin + u * kPerGroup));
+      if ((whole || begin + u * kPerGroup < count) && lane % (kBlock / kPerLane) == 0) {
+        scales[u * (kPerGroup / kBlock)] = bnb::float_of(bits);
       }
-      finish(true);
-    } else {
-#pragma unroll
-      for (int u = 0; u < kUnroll; ++u) {
-        values[u] = load_values(x, begin + u * kPerGroup, count);
-      }
-      finish(false);
     }
-  }
+  });
 }
 
 // Blocks of kBlock = 512 ... 4096 values, each in kBlock / 8 threads.
 template <class T, int kType, int kBlock>
-__global__ void __launch_bounds__(512)
+__global__ void __launch_bounds__(kManyThreads)
     quantize4_groups(const T* __restrict__ x, int64_t count, uint8_t* __restrict__ packed, float* __restrict__ absmax) {
-  constexpr int kGroups = kBlock / kPerGroup;
-  __shared__ unsigned largest[512 / kLanes];
   const Encoder4<kType> encoder;
-  const int lane = threadIdx.x % kLanes, group = threadIdx.x / kLanes;
-  constexpr int kTile = 512 * kPerLane;
-  for (int64_t tile = static_cast<int64_t>(blockIdx.x) * kTile; tile < count;
-       tile += static_cast<int64_t>(gridDim.x) * kTile) {
-    const int64_t first = tile + static_cast<int64_t>(threadIdx.x) * kPerLane;
-    const Words<T, kPerLane> values = load_values(x, first, count);
-    unsigned bits = group_max<kLanes>(largest_number_bits(values));
-    __syncthreads();
-    if (lane == 0) {
-      largest[group] = bits;
-    }
-    __syncthreads();
-#pragma unroll
-    for (int g = 0; g < kGroups; ++g) {
-      bits = max(bits, largest[group / kGroups * kGroups + g]);
-    }
+  for_each_block<T, kManyThreads, kBlock>(x, count, [&](int64_t first, const auto& values, unsigned bits, bool) {
     store_codes(packed, first, count, encode<T, kType>(values, bits, encoder));
     if (first < count && first % kBlock == 0) {
       absmax[first / kBlock] = bnb::float_of(bits);
     }
-  }
+  });
 }
 
 // Any even block size: a thread block takes a block of values, in two passes.
@@ -173,19 +122,18 @@ __global__ void __launch_bounds__(kThreads) quantize4_any(const T* __restrict__ 
 
 template <class T, int kType, int kBlock>
 void launch_lanes(const Launch& launch, const T* x, int64_t count, uint8_t* packed, float* absmax) {
-  constexpr int kTile = kThreads * kPerLane * (sizeof(T) == 4 ? 2 : 4);
   const auto kernel = quantize4_lanes<T, kType, kBlock>;
   static ResidentGrid grid;
-  kernel<<<grid(launch, reinterpret_cast<const void*>(kernel), kThreads, ceil_div(count, kTile)), kThreads, 0,
-           launch.stream()>>>(x, count, packed, absmax);
+  kernel<<<grid(launch, reinterpret_cast<const void*>(kernel), kThreads, ceil_div(count, kTile<T, kThreads>)), kThreads,
+           0, launch.stream()>>>(x, count, packed, absmax);
 }
 
 template <class T, int kType, int kBlock>
 void launch_groups(const Launch& launch, const T* x, int64_t count, uint8_t* packed, float* absmax) {
   const auto kernel = quantize4_groups<T, kType, kBlock>;
   static ResidentGrid grid;
-  kernel<<<grid(launch, reinterpret_cast<const void*>(kernel), 512, ceil_div(count, 512 * kPerLane)), 512, 0,
-           launch.stream()>>>(x, count, packed, absmax);
+  kernel<<<grid(launch, reinterpret_cast<const void*>(kernel), kManyThreads, ceil_div(count, kManyThreads * kPerLane)),
+           kManyThreads, 0, launch.stream()>>>(x, count, packed, absmax);
 }
 
 template <class T, int kType>

@@ -23,6 +23,12 @@ def test_few_rows(rows, capability, path):
     assert plan(rows, capability=capability).path is path
 
 
+def test_the_copy_engine_brings_whole_rows_of_boxes():
+    assert plan(1, k=4352).path is Path.STREAM
+    assert plan(1, k=4352 + 64).path is Path.FEW
+    assert plan(1, k=128, capability=100).path is Path.FEW
+
+
 def test_more_rows_never_dequantize_early():
     assert plan(32).path in (Path.GROUPS, Path.TILES)
     assert plan(64).path in (Path.GROUPS, Path.TILES)

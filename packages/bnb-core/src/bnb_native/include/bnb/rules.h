@@ -71,8 +71,9 @@ template <class V>
 struct RuleConstants {
   V beta1, beta2, beta3, rest1, rest2, rest3, correction1, correction2, alpha, eps;
   V gnorm_scale, weight_decay, keep, rate, rest_alpha, now, later;
-  bool first;    // the first step
-  bool coupled;  // a weight decay is to be added to the gradient
+  // Whole words, so that nothing in between is read that no one has written.
+  int32_t first;    // whether it is the first step,
+  int32_t coupled;  // and a weight decay is to be added to the gradient
 };
 
 // All arithmetic in double, rounded once. `clip` is the factor on the update, see clip_scale.
