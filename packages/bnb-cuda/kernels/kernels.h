@@ -55,7 +55,8 @@ struct Gemm4 {
 bool gemm_4bit_fits(int64_t n, int64_t k, int64_t blocksize, int dtype, int capability);
 // Up to 16 rows: the warps of a thread block share rows of the weight and split k.
 void gemm_4bit_few(const Launch&, const Gemm4&);
-// The same on compute capabilities 9.0 to 10.x, which have the shared memory for it.
+// The same on compute capabilities 9.0 to 10.x, which have the shared memory for it: k a multiple of 256, nested blocks
+// of 4 at least.
 void gemm_4bit_stream(const Launch&, const Gemm4&);
 // Thread blocks of the largest cluster that may be launched anywhere.
 constexpr int kMostSplit = 8;
