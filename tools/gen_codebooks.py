@@ -7,7 +7,7 @@ and the exit code is 1 when the header differs from what would be written.
 from __future__ import annotations
 
 import argparse
-import importlib.util
+import importlib
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -32,12 +32,9 @@ PREAMBLE = """\
 
 
 def load_codebooks() -> ModuleType:
-    """Load the module by path: importing ``bitsandbytes`` would define ops and load backends."""
-    spec = importlib.util.spec_from_file_location("codebooks", CORE / "bitsandbytes" / "codebooks.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    """The module of the tree, whatever is installed."""
+    sys.path.insert(0, str(CORE))
+    return importlib.import_module("bitsandbytes.codebooks")
 
 
 def float_list(values: list[float]) -> str:
