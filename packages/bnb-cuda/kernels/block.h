@@ -153,6 +153,21 @@ __device__ __forceinline__ void store_streaming(T* to, const Words<T, kCount>& d
 #endif
 }
 
+// Writes a lane's codes at `begin`, as far as the tensor goes. `aligned`: that is a multiple of 8 bytes.
+__device__ __forceinline__ void store_own(uint8_t* to, int64_t begin, int64_t count, bool aligned,
+                                          const Words<uint8_t, 8>& codes) {
+  if (aligned && begin + 8 <= count) {
+    store_streaming(to + begin, codes);
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    if (begin + i < count) {
+      to[begin + i] = codes.byte(i);
+    }
+  }
+}
+
 // The larger number; NaN if one of them is.
 __device__ __forceinline__ float max_or_nan(float a, float b) {
 #if BNB_DEVICE_ARCH >= 800

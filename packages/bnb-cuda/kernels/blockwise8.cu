@@ -35,20 +35,6 @@ __device__ __forceinline__ Words<uint8_t, kPerLane> encode(const Words<T, kPerLa
   return encoder(values.floats().values, bnb::float_of(absmax_bits), has_nan);
 }
 
-__device__ __forceinline__ void store_codes(uint8_t* codes, int64_t begin, int64_t count,
-                                            const Words<uint8_t, kPerLane>& own) {
-  if (begin + kPerLane <= count) {
-    store_streaming(codes + begin, own);
-    return;
-  }
-#pragma unroll
-  for (int i = 0; i < kPerLane; ++i) {
-    if (begin + i < count) {
-      codes[begin + i] = own.byte(i);
-    }
-  }
-}
-
 // Blocks of kBlock = 64 ... 256 values, each in kBlock / 8 lanes.
 template <class T, int kBlock>
 __global__ void __launch_bounds__(kThreads)
@@ -67,7 +53,7 @@ __global__ void __launch_bounds__(kThreads)
       if (whole) {
         store_streaming(codes + begin + u * kPerGroup, out);
       } else {
-        store_codes(codes, begin + u * kPerGroup, count, out);
+        store_own(codes, begin + u * kPerGroup, count, true, out);
       }
       if ((whole || begin + u * kPerGroup < count) && lane % (kBlock / kPerLane) == 0) {
         scales[u * (kPerGroup / kBlock)] = bnb::float_of(bits);
@@ -83,13 +69,13 @@ __global__ void __launch_bounds__(kManyThreads)
                      uint8_t* __restrict__ codes, float* __restrict__ absmax) {
   __shared__ Encoder8::Storage storage;
   const Encoder8 encoder(storage, code, code_size);
-  for_each_block<T, kManyThreads, kBlock>(x, count,
-                                          [&](int64_t first, const auto& values, unsigned bits, bool has_nan) {
-                                            store_codes(codes, first, count, encode(values, bits, has_nan, encoder));
-                                            if (first < count && first % kBlock == 0) {
-                                              absmax[first / kBlock] = bnb::float_of(bits);
-                                            }
-                                          });
+  for_each_block<T, kManyThreads, kBlock>(
+      x, count, [&](int64_t first, const auto& values, unsigned bits, bool has_nan) {
+        store_own(codes, first, count, true, encode(values, bits, has_nan, encoder));
+        if (first < count && first % kBlock == 0) {
+          absmax[first / kBlock] = bnb::float_of(bits);
+        }
+      });
 }
 
 // Any block size: a thread block takes a block of values, in two passes.

@@ -111,20 +111,6 @@ __device__ __forceinline__ void store_own(T* to, int64_t begin, int64_t count, b
   }
 }
 
-__device__ __forceinline__ void store_own(uint8_t* to, int64_t begin, int64_t count, bool aligned,
-                                          const Words<uint8_t, kOwn>& codes) {
-  if (aligned && begin + kOwn <= count) {
-    store_streaming(to + begin, codes);
-    return;
-  }
-#pragma unroll
-  for (int i = 0; i < kOwn; ++i) {
-    if (begin + i < count) {
-      to[begin + i] = codes.byte(i);
-    }
-  }
-}
-
 // Rounds up or down at random, in proportion to the distance.
 __device__ __forceinline__ bfloat16_t rounded_at_random(float value, int64_t seed, uint32_t step, int64_t index) {
   if (!isfinite(value)) {

@@ -35,20 +35,21 @@ __device__ __forceinline__ Words<T, kPerLane> load_values(const T* x, int64_t be
 // `begin` on; only of the last tile it has to look where the tensor ends. All lanes call it.
 template <class T, int kThreads, class Finish>
 __device__ __forceinline__ void for_each_tile(const T* __restrict__ x, int64_t count, Finish&& finish) {
+  constexpr int kUnroll = kTileUnroll<T>;
   const int lane = threadIdx.x % kLanes, group = threadIdx.x / kLanes;
   for (int64_t tile = static_cast<int64_t>(blockIdx.x) * kTile<T, kThreads>; tile < count;
        tile += static_cast<int64_t>(gridDim.x) * kTile<T, kThreads>) {
-    const int64_t begin = tile + group * (kPerGroup * kTileUnroll<T>)+lane * kPerLane;
-    Words<T, kPerLane> values[kTileUnroll<T>];
+    const int64_t begin = tile + group * (kPerGroup * kUnroll) + lane * kPerLane;
+    Words<T, kPerLane> values[kUnroll];
     if (tile + kTile<T, kThreads> <= count) {
 #pragma unroll
-      for (int u = 0; u < kTileUnroll<T>; ++u) {
+      for (int u = 0; u < kUnroll; ++u) {
         values[u] = words_of(load_streaming<T, kPerLane>(x + begin + u * kPerGroup));
       }
       finish(begin, values, true);
     } else {
 #pragma unroll
-      for (int u = 0; u < kTileUnroll<T>; ++u) {
+      for (int u = 0; u < kUnroll; ++u) {
         values[u] = load_values(x, begin + u * kPerGroup, count);
       }
       finish(begin, values, false);
