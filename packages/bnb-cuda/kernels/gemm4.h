@@ -15,6 +15,9 @@ namespace bnb_gpu {
 
 // Pairs of decoded values by byte, one copy per lane: no two lanes of a group share a bank.
 constexpr int kPairTableBytes = 256 * kLanes * 4;
+// The same with each byte's copies at a multiple of 256, twice as large: moving bytes is all it takes to make the place
+// of an entry.
+constexpr int kSpreadTablePitch = 256, kSpreadTableBytes = 256 * kSpreadTablePitch;
 
 template <class T>
 __device__ __forceinline__ unsigned pack_pair(float low, float high) {
@@ -24,8 +27,19 @@ __device__ __forceinline__ unsigned pack_pair(float low, float high) {
   return bits;
 }
 
+template <class T>
+__device__ __forceinline__ float2 unpack_pair(unsigned bits) {
+  if constexpr (std::is_same_v<T, bfloat16_t>) {
+    return make_float2(__uint_as_float(bits << 16), __uint_as_float(bits & 0xffff0000u));
+  } else {
+    T pair[2];
+    memcpy(pair, &bits, sizeof bits);
+    return make_float2(to_float(pair[0]), to_float(pair[1]));
+  }
+}
+
 // All threads of the block call this; the caller synchronises afterwards.
-template <class T, int kType>
+template <class T, int kType, int kPitch = kLanes * 4>
 __device__ __forceinline__ void build_pair_table(unsigned* table) {
   constexpr float kValues[2][16] = {{BNB_NF4_VALUES}, {BNB_FP4_VALUES}};
   const int lane = threadIdx.x % kLanes;
@@ -34,7 +48,7 @@ __device__ __forceinline__ void build_pair_table(unsigned* table) {
     const float first = Tables4<kType>::value(high);
 #pragma unroll
     for (int low = 0; low < 16; ++low) {
-      table[(16 * high + low) * kLanes + lane] = pack_pair<T>(first, kValues[kType][low]);
+      table[(16 * high + low) * (kPitch / 4) + lane] = pack_pair<T>(first, kValues[kType][low]);
     }
   }
 }
@@ -50,6 +64,13 @@ __device__ __forceinline__ unsigned pair_offset(unsigned word, unsigned lane_off
 template <int kByte>
 __device__ __forceinline__ unsigned decode_pair(const unsigned char* table, unsigned lane_offset, unsigned word) {
   return *reinterpret_cast<const unsigned*>(table + pair_offset<kByte>(word, lane_offset));
+}
+
+// The pair of one of the four bytes of a word in a spread table; `selector` is that of this byte.
+__device__ __forceinline__ unsigned spread_selector(int byte) { return 0x5504u | byte << 4; }
+__device__ __forceinline__ unsigned decode_spread(const unsigned char* table, unsigned lane_offset, unsigned word,
+                                                  unsigned selector) {
+  return *reinterpret_cast<const unsigned*>(table + __byte_perm(word, lane_offset, selector));
 }
 
 // d += a @ b for one 16 x 8 x 16 tile.

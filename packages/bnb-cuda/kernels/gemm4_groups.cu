@@ -40,11 +40,11 @@ struct Shape {
   static constexpr int kStageBytes = kCodeBytes + 2 * kTileBytes;
   static constexpr int kSumPitch = kRows + 4;
   static constexpr int kExchangeBytes = kDepthGroups > 1 ? kTokens * kSumPitch * 4 : 0;
-  static constexpr int kFixedBytes = kPairTableBytes + 256 * 4 + kExchangeBytes + 256;
+  static constexpr int kFixedBytes = kSpreadTableBytes + 256 * 4 + kExchangeBytes + 256;
   static constexpr int kFit = (kSharedLimit - kFixedBytes) / kStageBytes;
   static constexpr int kStages = kFit < 8 ? kFit : 8;
   static constexpr int kTable = kStages * kStageBytes;
-  static constexpr int kNestedCode = kTable + kPairTableBytes;
+  static constexpr int kNestedCode = kTable + kSpreadTableBytes;
   static constexpr int kExchange = kNestedCode + 256 * 4;
   static constexpr int kBarriers = kExchange + kExchangeBytes;
   static constexpr int kBytes = kBarriers + 256;
@@ -62,13 +62,8 @@ struct Problem {
 
 // The part of a lane in decoding: byte t of each word of rows g and g + 8, through its own copy of the table.
 struct Decoder {
-  const unsigned char* table;  // of this lane
-  unsigned selector;
-
-  __device__ __forceinline__ unsigned pair(unsigned word) const {
-    const unsigned byte = __byte_perm(word, 0, selector);
-    return *reinterpret_cast<const unsigned*>(table + byte * (kLanes * 4));
-  }
+  const unsigned char* table;
+  unsigned lane_offset, selector;
 
   // `codes`: those of row g in half a chunk.
   __device__ __forceinline__ void operator()(unsigned (&left)[kHalf / 16][4], const unsigned char* codes) const {
@@ -85,7 +80,7 @@ struct Decoder {
     for (int i = 0; i < kHalf / 16; ++i) {
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        left[i][j] = pair(words[j % 2][2 * i + j / 2]);
+        left[i][j] = decode_spread(table, lane_offset, words[j % 2][2 * i + j / 2], selector);
       }
     }
   }
@@ -135,7 +130,7 @@ __global__ void __launch_bounds__(Shape<kTokens>::kThreads, 1)
       }
     }
   }
-  build_pair_table<T, kType>(reinterpret_cast<unsigned*>(shared + Layout::kTable));
+  build_pair_table<T, kType, kSpreadTablePitch>(reinterpret_cast<unsigned*>(shared + Layout::kTable));
   wait_for_kernel_ahead();
   let_kernel_behind_begin();
   const Scale scale_of(statistics, reinterpret_cast<float*>(shared + Layout::kNestedCode), problem.nested_shift);
@@ -170,17 +165,21 @@ __global__ void __launch_bounds__(Shape<kTokens>::kThreads, 1)
   } else {
     take_more_registers<Layout::kMathRegisters>();
     float sums[kSums];
-    const int group = threadIdx.x / kGroupThreads, row_group = group % kRowGroups, depth = group / kRowGroups;
+    // The same in all lanes, as the compiler learns by this.
+    const int group = shuffle(static_cast<int>(threadIdx.x) / kGroupThreads, 0);
+    const int row_group = group % kRowGroups, depth = group / kRowGroups;
     const int g = lane / 4, t = lane % 4;
     const int own_row = row_group * 64 + warp % 4 * 16 + g;
-    const Decoder decode{shared + Layout::kTable + 4 * lane, 0x4440u | t};
+    const Decoder decode{shared + Layout::kTable, 4u * lane, spread_selector(t)};
     RingPlace<kStages> place;
     float block[kSums];
     // The left operands of both halves of a chunk: one is decoded while the other one is multiplied.
     unsigned left[2][kHalf / 16][4];
     const auto decode_half = [&](int half, int slot, int chunk) {
-      decode(left[half], shared + slot * Layout::kStageBytes + 2 * Layout::kTileBytes + own_row * kCodePitch +
-                             chunk * (kChunk / 2) + half * (kHalf / 2));
+      // The copy engine exchanges the 16-byte pieces of a row, so that all banks serve eight rows.
+      const int piece = (chunk * 2 + half) ^ (g >> 1 & 3);
+      decode(left[half],
+             shared + slot * Layout::kStageBytes + 2 * Layout::kTileBytes + own_row * kCodePitch + piece * (kHalf / 2));
     };
     const auto multiply_half = [&](int half, int slot, int chunk) {
       const uint64_t right = tile_descriptor(shared + slot * Layout::kStageBytes + chunk * Layout::kTileBytes);
@@ -218,12 +217,7 @@ __global__ void __launch_bounds__(Shape<kTokens>::kThreads, 1)
       };
       // Adds the products of a chunk, once the matrix units are through with it.
       const auto add_block = [&](int item) {
-        if (item % 4 == 0) {
-          current[0] = scale_of.value(coming[0]);
-          current[1] = scale_of.value(coming[1]);
-          fetch_scales(item + 4);
-        }
-        const int from = (lane & ~3) | (item & 3);
+        const int from = (lane & ~3) | item % 4;
         const float upper = shuffle(current[0], from), lower = shuffle(current[1], from);
         wait_for_products(block);
 #pragma unroll
@@ -240,25 +234,35 @@ __global__ void __launch_bounds__(Shape<kTokens>::kThreads, 1)
       const int items = steps * kPerStep;
       wait(full + place.slot, place.parity);
       decode_half(0, place.slot, kDepthGroups > 1 ? depth : 0);
-      for (int item = 0; item < items; item += kPerStep) {
+      for (int first = 0; first < items; first += 4) {
+        current[0] = scale_of.value(coming[0]);
+        current[1] = scale_of.value(coming[1]);
+        fetch_scales(first + 4);
+        // Written out four times: what is on its way moves to no other register, which would have to wait for it.
 #pragma unroll
-        for (int c = 0; c < kPerStep; ++c) {
-          const int chunk = kDepthGroups > 1 ? depth : c;
-          multiply_half(0, place.slot, chunk);
-          decode_half(1, place.slot, chunk);
-          multiply_half(1, place.slot, chunk);
-          wait_for_products_but<1>();
-          if (c + 1 < kPerStep) {
-            decode_half(0, place.slot, c + 1);
-          } else if (item + kPerStep < items) {
-            RingPlace<kStages> next = place;
-            next.advance();
-            wait(full + next.slot, next.parity);
-            decode_half(0, next.slot, kDepthGroups > 1 ? depth : 0);
+        for (int next_item = kPerStep; next_item <= 4; next_item += kPerStep) {
+          if (first + next_item > items) {
+            break;
           }
-          add_block(item + c);
+#pragma unroll
+          for (int c = 0; c < kPerStep; ++c) {
+            const int chunk = kDepthGroups > 1 ? depth : c;
+            multiply_half(0, place.slot, chunk);
+            decode_half(1, place.slot, chunk);
+            multiply_half(1, place.slot, chunk);
+            wait_for_products_but<1>();
+            if (c + 1 < kPerStep) {
+              decode_half(0, place.slot, c + 1);
+            } else if (first + next_item < items) {
+              RingPlace<kStages> next = place;
+              next.advance();
+              wait(full + next.slot, next.parity);
+              decode_half(0, next.slot, kDepthGroups > 1 ? depth : 0);
+            }
+            add_block(next_item - kPerStep + c);
+          }
+          release();
         }
-        release();
       }
 
       if (splits == 1) {
@@ -365,7 +369,8 @@ void run(const Launch& launch, const Gemm4& p, int split) {
   limit.raise(launch, reinterpret_cast<const void*>(kernel), Layout::kBytes);
   const CUtensorMap activations =
       matrix_map(p.a, tensor_map_type<T>(), 2, p.m, p.k, kTokens, kChunk, CU_TENSOR_MAP_SWIZZLE_128B);
-  const CUtensorMap weight = matrix_map(p.packed, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, p.n, p.k / 2, kRows, kCodePitch);
+  const CUtensorMap weight = matrix_map(p.packed, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, p.n, p.k / 2, kRows, kCodePitch,
+                                        CU_TENSOR_MAP_SWIZZLE_64B);
   const Problem problem{static_cast<int>(p.m),
                         static_cast<int>(p.n),
                         static_cast<int>(p.k),

@@ -2,7 +2,7 @@
 // reading the weight.
 //
 // One thread block lives on each multiprocessor and has a range of tiles of 16 rows of the weight. It takes
-// strips of a few tiles, in a strip segments of 2048 columns, in a segment the tiles: the activations of a
+// strips of a few tiles, in a strip segments of 1024 or 2048 columns, in a segment the tiles: the activations of a
 // segment stay in registers for all tiles of a strip, and the sums of a strip meet once. A tile of a segment is
 // a stage of a ring in shared memory. One lane has the copy engine bring its codes, all at once; memory is always
 // busy. A few warps bring its statistics and decode nested ones: they run ahead as far as the ring reaches, so that
@@ -30,32 +30,38 @@ constexpr int kScaleWarps = 3;
 constexpr int kScaleThreads = kScaleWarps * kLanes;
 constexpr int kCopyWarp = kWarps + kScaleWarps;
 constexpr int kThreads = (kCopyWarp + 1) * kLanes;
-constexpr int kRows = 16;  // of a tile
-// Of the statistics that a warp brings, each for 4 neighbouring chunks: of a row, and of a lane.
-constexpr int kQuadsPerRow = kLanes / 4;
-constexpr int kQuads = kRows / 4;
+constexpr int kRows = 16;       // of a tile
 constexpr int kStripTiles = 4;  // of a strip, at most
-constexpr int kStageColumns = 2048;
 constexpr int kBoxRowBytes = 128;
 constexpr int kBoxBytes = kRows * kBoxRowBytes;
-constexpr int kStageBoxes = kStageColumns / 2 / kBoxRowBytes;
 constexpr int kUnitBytes = 16;
 // Rows of a token's partial sums; neighbouring tokens lie in other banks.
 constexpr int kSumPitch = kStripTiles * kRows + 4;
-// More would only lengthen the queue before memory, in which activations and statistics wait (3, 4, 5 and 8 measured).
-constexpr int kMostStages = 3;
-constexpr int kBarrierBytes = 2 * kMostStages * sizeof(uint64_t);
+// More columns would only lengthen the queue before memory, in which activations and statistics wait (3, 4, 5 and 8
+// stages of 2048 measured).
+constexpr int kMostColumns = 3 * 2048;
 
 template <int kChunk, int kTokenTiles>
 struct SharedLayout {
+  // Twice the activations take as many registers in half the columns.
+  static constexpr int kStageColumns = 2048 / kTokenTiles;
+  static constexpr int kStageBoxes = kStageColumns / 2 / kBoxRowBytes;
+  static constexpr int kMostStages = kMostColumns / kStageColumns;
   static constexpr int kChunks = kStageColumns / kChunk;
+  // A warp brings statistics of so many chunks of all rows of a stage, each lane those of 4 neighbouring chunks of
+  // some.
+  static constexpr int kPartChunks = kChunks < kLanes ? kChunks : kLanes;
+  static constexpr int kParts = kChunks / kPartChunks;
+  static constexpr int kQuadsPerRow = kPartChunks / 4;
+  static constexpr int kQuads = kRows * kQuadsPerRow / kLanes;
   static constexpr int kScalePitch = kChunks + 4;
   static constexpr int kPartialFloats = kWarps * 8 * kTokenTiles * kSumPitch;
   static constexpr int kCodeBytes = kStageBoxes * kBoxBytes, kScaleBytes = kRows * kScalePitch * 4;
   static constexpr int kStageBytes = kCodeBytes + kScaleBytes;
-  static constexpr int kPartial = kPairTableBytes;
+  static constexpr int kPartial = kSpreadTableBytes;
   static constexpr int kNestedCode = kPartial + kPartialFloats * 4;
   static constexpr int kBarriers = kNestedCode + 256 * 4;
+  static constexpr int kBarrierBytes = 2 * kMostStages * sizeof(uint64_t);
   static constexpr int kRing = (kBarriers + kBarrierBytes + kBoxAlignment - 1) / kBoxAlignment * kBoxAlignment;
   static constexpr int kFit = (kSharedLimit - kRing) / kStageBytes;
   static constexpr int kStages = kFit < kMostStages ? kFit : kMostStages;
@@ -90,28 +96,14 @@ struct Activations {
   unsigned words[kTokenTiles][kChunk / 8];
 };
 
-// The pair of values of a byte of codes; `table` is the address of the lane's copy of the table in shared memory.
-// Written out, for the compiler takes four instructions, and instructions are what is scarce after bytes. It may
-// move this beyond barriers: codes must come from loads that follow the barrier after the table is built.
-template <int kByte>
-__device__ __forceinline__ unsigned pair_of(unsigned table, unsigned word) {
-  unsigned pair = 0;
-#if BNB_BULK_COPIES
-  asm("{\n.reg .b32 byte, entry;\nprmt.b32 byte, %1, 0, %3;\nmad.lo.u32 entry, byte, %4, %2;\n"
-      "ld.shared.b32 %0, [entry];\n}\n"
-      : "=r"(pair)
-      : "r"(word), "r"(table), "n"(0x4440 + kByte), "n"(4 * kLanes));
-#endif
-  return pair;
-}
-
 // The left operand of a product from two bytes, the first of which is kByte, of rows g and g + 8.
 template <int kByte>
-__device__ __forceinline__ void left_of(unsigned (&left)[4], unsigned table, unsigned upper, unsigned lower) {
-  left[0] = pair_of<kByte>(table, upper);
-  left[1] = pair_of<kByte>(table, lower);
-  left[2] = pair_of<kByte + 1>(table, upper);
-  left[3] = pair_of<kByte + 1>(table, lower);
+__device__ __forceinline__ void left_of(unsigned (&left)[4], const unsigned char* table, unsigned lane_offset,
+                                        unsigned upper, unsigned lower) {
+  left[0] = decode_spread(table, lane_offset, upper, spread_selector(kByte));
+  left[1] = decode_spread(table, lane_offset, lower, spread_selector(kByte));
+  left[2] = decode_spread(table, lane_offset, upper, spread_selector(kByte + 1));
+  left[3] = decode_spread(table, lane_offset, lower, spread_selector(kByte + 1));
 }
 
 // absmax of 4 neighbouring chunks, the first of them a multiple of 4. The nested block size is 4 at least.
@@ -176,12 +168,12 @@ __global__ void __launch_bounds__(kThreads, 1)
                  int bias_dtype, T* __restrict__ out) {
 #if BNB_BULK_COPIES
   using Layout = SharedLayout<kChunk, kTokenTiles>;
-  constexpr int kStages = Layout::kStages;
+  constexpr int kStages = Layout::kStages, kStageColumns = Layout::kStageColumns, kStageBoxes = Layout::kStageBoxes;
   constexpr int kTokens = 8 * kTokenTiles;
   constexpr int kLaneBytes = kChunk / 8;              // of a weight row
   constexpr int kLaneValues = kChunk / 4;             // of an activation row
   constexpr int kPerWarp = Layout::kChunks / kWarps;  // chunks of a stage
-  constexpr int kParts = Layout::kChunks / kLanes;    // of a stage's statistics, as many chunks as a warp has lanes
+  constexpr int kParts = Layout::kParts, kQuadsPerRow = Layout::kQuadsPerRow, kQuads = Layout::kQuads;
   constexpr int kPrefetched = kStages < kPrefetchedStages ? kStages : kPrefetchedStages;
   extern __shared__ __align__(kBoxAlignment) unsigned char shared[];
   uint64_t* full = reinterpret_cast<uint64_t*>(shared + Layout::kBarriers);
@@ -192,7 +184,9 @@ __global__ void __launch_bounds__(kThreads, 1)
     return reinterpret_cast<float*>(shared + Layout::kScales + slot * Layout::kScaleBytes);
   };
 
-  const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes;
+  // The warp is the same in all lanes, as the compiler learns by this; it then keeps addresses that are so in registers
+  // of their own and adds them for nothing.
+  const int lane = threadIdx.x % kLanes, warp = shuffle(static_cast<int>(threadIdx.x) / kLanes, 0);
   const int tiles = (n + kRows - 1) / kRows;
   const int share = tiles / static_cast<int>(gridDim.x), rest = tiles % static_cast<int>(gridDim.x);
   const int block = blockIdx.x;
@@ -249,7 +243,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     const auto row_of = [&](int q) { return (q * kLanes + lane) / kQuadsPerRow; };
     const int first_chunk = lane % kQuadsPerRow * 4;
     const auto fetch = [&](int slot) {
-      const int column = walk.segment * kStageColumns + (kLanes * part + first_chunk) * kChunk;
+      const int column = walk.segment * kStageColumns + (Layout::kPartChunks * part + first_chunk) * kChunk;
       const int row = (walk.strip + walk.tile) * kRows;
 #pragma unroll
       for (int q = 0; q < kQuads; ++q) {
@@ -287,7 +281,7 @@ __global__ void __launch_bounds__(kThreads, 1)
             fetch(1 - d);
           }
           wait(drained + place.slot, place.parity ^ 1);
-          float* to = stage_scales(place.slot) + kLanes * place_part + first_chunk;
+          float* to = stage_scales(place.slot) + Layout::kPartChunks * place_part + first_chunk;
 #pragma unroll
           for (int q = 0; q < kQuads; ++q) {
             *reinterpret_cast<float4*>(to + row_of(q) * Layout::kScalePitch) = quad.values(raw[d][q]);
@@ -304,14 +298,12 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int g = lane / 4, t = lane % 4;
   // The row of a tile that is this lane's as the g-th, and the one 8 below: lanes that read together have other banks.
   const int own_row = 2 * (g % 4) + g / 4;
-  const unsigned table = shared_address(shared) + 4 * lane;
+  const unsigned lane_offset = 4 * lane;
 
   using Right = Activations<kChunk, kTokenTiles>;
   Right values[kPerWarp];
-  // Those of the next segment are on their way while one is multiplied, where registers hold both. (By way of shared
-  // memory they take longer, measured.)
-  constexpr bool kAhead = kTokenTiles == 1;
-  // Chunks beyond the last column get zeros.
+  // Those of the next segment are on their way while one is multiplied. (By way of shared memory they take longer,
+  // measured.) Chunks beyond the last column get zeros.
   const auto load_activations = [&](Right(&into)[kPerWarp], int segment) {
 #pragma unroll
     for (int c = 0; c < kPerWarp; ++c) {
@@ -362,7 +354,8 @@ __global__ void __launch_bounds__(kThreads, 1)
       for (int c = 0; c < kTogether; ++c) {
         const unsigned upper = codes[c][0].words[i / 2], lower = codes[c][1].words[i / 2];
         unsigned left[4];
-        i % 2 == 0 ? left_of<0>(left, table, upper, lower) : left_of<2>(left, table, upper, lower);
+        i % 2 == 0 ? left_of<0>(left, shared, lane_offset, upper, lower)
+                   : left_of<2>(left, shared, lane_offset, upper, lower);
 #pragma unroll
         for (int j = 0; j < kTokenTiles; ++j) {
           multiply_tile<T>(block[c][i % kChains][j], left, right[c].words[j][2 * i], right[c].words[j][2 * i + 1]);
@@ -418,7 +411,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
   };
 
-  build_pair_table<T, kType>(reinterpret_cast<unsigned*>(shared));
+  build_pair_table<T, kType, kSpreadTablePitch>(reinterpret_cast<unsigned*>(shared));
   wait_for_kernel_ahead();
   a = after_wait(a);
   bias = after_wait(bias);
@@ -429,10 +422,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     const int width = min(kStripTiles, end - strip);
     for (int segment = 0; segment < segments; ++segment) {
       const int following = segment + 1 < segments ? segment + 1 : 0;
-      [[maybe_unused]] Right next[kPerWarp];
-      if constexpr (kAhead) {
-        load_activations(next, following);
-      }
+      Right next[kPerWarp];
+      load_activations(next, following);
 #pragma unroll
       for (int r = 0; r < kStripTiles; ++r) {
         if (r < width) {
@@ -449,11 +440,7 @@ __global__ void __launch_bounds__(kThreads, 1)
           place.advance();
         }
       }
-      if constexpr (kAhead) {
-        memcpy(values, next, sizeof values);
-      } else {
-        load_activations(values, following);
-      }
+      memcpy(values, next, sizeof values);
     }
     finish_strip(strip, width);
   }
@@ -463,10 +450,11 @@ __global__ void __launch_bounds__(kThreads, 1)
 template <class T, int kType, bool kNested, int kChunk, int kTokenTiles>
 void run(const Launch& launch, const Gemm4& p) {
   const auto kernel = gemm4_stream<T, kType, kNested, kChunk, kTokenTiles>;
-  constexpr int kShared = SharedLayout<kChunk, kTokenTiles>::kBytes;
+  using Layout = SharedLayout<kChunk, kTokenTiles>;
+  constexpr int kShared = Layout::kBytes;
   static SharedMemoryLimit limit;
   limit.raise(launch, reinterpret_cast<const void*>(kernel), kShared);
-  const CUtensorMap weight = folded_map(p.packed, p.n, p.k / 2, kRows, kStageBoxes);
+  const CUtensorMap weight = folded_map(p.packed, p.n, p.k / 2, kRows, Layout::kStageBoxes);
   launch_dependent(kernel, {dim3(launch.grid(ceil_div(p.n, kRows), 1)), kThreads, kShared}, launch, "gemm_4bit",
                    static_cast<const T*>(p.a), static_cast<int>(p.m), static_cast<int>(p.n), static_cast<int>(p.k),
                    weight, p.statistics, exact_log2(p.blocksize), exact_log2(p.statistics.nested_blocksize), p.bias,
