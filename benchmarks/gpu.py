@@ -147,20 +147,24 @@ def products(rates: Ceilings) -> Iterator[Row]:
 
 
 def linear8(rates: Ceilings) -> Iterator[Row]:
-    """``Linear8bitLt`` in float16, with and without outlier columns."""
+    """``Linear8bitLt`` in float16, without outlier columns, with a few and with many."""
     import bitsandbytes as bnb
 
     n, k = 14336, 4096
     plain = torch.nn.Linear(k, n, bias=False, device="cuda", dtype=torch.float16)
-    for threshold in (0.0, 6.0):
-        layer = bnb.nn.Linear8bitLt(k, n, bias=False, has_fp16_weights=False, threshold=threshold).half().cuda()
-        for m in (1, 32, 128, 512, 4096):
-            x = torch.randn(m, k, device="cuda", dtype=torch.float16)
-            x[:, [3, 77, 901]] *= 20
+    for threshold, columns in ((0.0, 0), (6.0, 3), (6.0, 100), (6.0, k // 2)):
+        layers = [
+            bnb.nn.Linear8bitLt(k, n, bias=False, has_fp16_weights=False, threshold=threshold).half().cuda()
+            for _ in range(2 + int(CACHE_BYTES // (n * k)))
+        ]
+        label = f"Linear8bitLt threshold {threshold:g}" + (f", {columns} outlier columns" if columns else "")
+        for m in (1, 8, 16, 32, 128, 512, 2048, 4096):
+            x = torch.randn(m, k, device="cuda", dtype=torch.float16).clamp(-5, 5)
+            x[0, torch.randperm(k, device="cuda")[:columns]] = 20
             floor = rates.floor(n * k + 2 * m * (n + k), 2 * m * n * k / 1.9)
-            call = lambda x=x, f=layer: f(x)  # noqa: E731
-            yield f"Linear8bitLt threshold {threshold:g} M={m}, wall", by_clock(call, 50), floor
-            yield f"Linear8bitLt threshold {threshold:g} M={m}", rates.per_call([call] * 3), floor
+            if columns <= 3:
+                yield f"{label} M={m}, wall", by_clock(lambda x=x, f=layers[0]: f(x), 50), floor
+            yield f"{label} M={m}", rates.per_call([lambda x=x, f=f: f(x) for f in layers]), floor
             if threshold == 0:
                 floor = rates.floor(2 * n * k + 2 * m * (n + k), 2 * m * n * k)
                 yield f"torch linear float16 M={m}, wall", by_clock(lambda x=x: plain(x), 50), floor

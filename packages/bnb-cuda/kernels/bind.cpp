@@ -136,15 +136,16 @@ NB_MODULE(_C, m) {
                          as<void>(out), dtype);
   });
   m.def("int8_gemm_fits", &int8_gemm_fits);
-  m.def("int8_gemm", [](int path, int device, Pointer stream, Pointer product, Pointer a, Pointer b, int64_t m,
-                        int64_t n, int64_t k, Pointer a_absmax, Pointer b_absmax, Pointer values, Pointer listed,
-                        Pointer count, bool cleared, Pointer bias, int bias_dtype, Pointer out, int dtype) {
-    const Outliers outliers{nullptr, as<int>(listed), as<int>(count)};
-    multiply_int8(
-        path, Launch(device, stream), as<const int32_t>(product),
-        {as<const int8_t>(a), as<const int8_t>(b), m, n, k, as<const float>(a_absmax), as<const float>(b_absmax),
-         as<const void>(values), outliers, cleared, as<const void>(bias), bias_dtype, as<void>(out), dtype});
-  });
+  m.def("int8_gemm",
+        [](int path, int device, Pointer stream, Pointer product, Pointer a, Pointer b, int64_t m, int64_t n, int64_t k,
+           Pointer a_absmax, Pointer b_absmax, Pointer values, Pointer flags, Pointer listed, Pointer count,
+           bool cleared, Pointer bias, int bias_dtype, Pointer out, int dtype) {
+          const Outliers outliers{as<unsigned>(flags), as<int>(listed), as<int>(count)};
+          multiply_int8(
+              path, Launch(device, stream), as<const int32_t>(product),
+              {as<const int8_t>(a), as<const int8_t>(b), m, n, k, as<const float>(a_absmax), as<const float>(b_absmax),
+               as<const void>(values), outliers, cleared, as<const void>(bias), bias_dtype, as<void>(out), dtype});
+        });
   // Quantization of rows and the product, for all paths but 0.
   m.def("int8_linear",
         [](int path, int device, Pointer stream, Pointer values, int dtype, int64_t m, int64_t n, int64_t k,

@@ -1,6 +1,8 @@
 // What the int8 products share: the matrix unit, and the way from integers to the result.
 #pragma once
 
+#include <type_traits>
+
 #include "gemm4.h"
 
 namespace bnb_gpu {
@@ -34,6 +36,45 @@ __device__ __forceinline__ float outlier_product(const T* values, const int8_t* 
   }
   return sum * (b_absmax * (1.0f / 127.0f));
 }
+
+// Outlier columns beyond this share of all columns are multiplied in place, masked, rather than one by one: measured on
+// an H200, with more than 16 rows of activations and with fewer.
+constexpr int kGatheredShare = 32, kGatheredShareFew = 128;
+
+// Whether there are more outlier columns than one in `share`. Without flags nobody can tell which they are in place.
+__device__ __forceinline__ bool are_many(const Outliers& outliers, int count, int k, int share) {
+  return outliers.flags != nullptr && count > k / share;
+}
+
+// Codes 2 kHalf and 2 kHalf + 1 of four as 16-bit numbers.
+template <class T, int kHalf>
+__device__ __forceinline__ unsigned widen_codes(unsigned codes) {
+  constexpr unsigned kSelect = kHalf == 0 ? 0x4140 : 0x4342;
+  unsigned pair = 0;
+#if BNB_DEVICE_ARCH >= 800
+  if constexpr (std::is_same_v<T, half_t>) {
+    // 1024 + 128 + code is the low byte under the bits of 1024.
+    pair = __byte_perm(codes ^ 0x80808080u, 0x64646464u, kSelect);
+    asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(pair) : "r"(pair), "r"(0x64806480u));
+  } else {
+    // Seven bits have room under the bits of 128; the eighth makes 256 of the 128 that are subtracted.
+    pair = __byte_perm(codes, 0x43434343u, kSelect);
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;"
+        : "=r"(pair)
+        : "r"(pair & 0xff80ff80u), "r"(0xbf80bf80u), "r"(pair & 0xff7fff7fu));
+  }
+#endif
+  return pair;
+}
+
+// One of four codes as float32: 2^23 + 128 + code has its low byte under the bits of 2^23.
+template <int kByte>
+__device__ __forceinline__ float code_value(unsigned codes) {
+  return __uint_as_float(__byte_perm(codes ^ 0x80808080u, 0x4b000000u, 0x7440 | kByte)) - 8388736.0f;
+}
+
+// All bits of those of two 16-bit numbers whose flags are set.
+__device__ __forceinline__ unsigned pair_mask(unsigned flags) { return ((flags & 1u) | (flags & 2u) << 15) * 0xffffu; }
 
 template <class Body>
 void with_outliers(const Gemm8& p, Body&& body) {

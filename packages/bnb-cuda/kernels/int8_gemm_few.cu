@@ -12,8 +12,59 @@ constexpr int kWarps = 8;
 constexpr int kThreads = kWarps * kLanes;
 constexpr int kChunk = 64;  // columns per step of a warp: 16 bytes per lane and row
 
+__device__ __forceinline__ int bits_of(int value) { return value; }
+__device__ __forceinline__ int bits_of(float value) { return __float_as_int(value); }
+
+// products += values @ codes.T over the outlier columns among 64 whose codes the lanes of a warp hold, 16 from `column`
+// on each, as `chunk`.
+template <class T, int kRowTiles, int kTokenTiles>
+__device__ __forceinline__ void multiply_masked(float (&products)[kRowTiles][kTokenTiles][4],
+                                                const uint4 (&chunk)[kRowTiles][2], const T* __restrict__ values,
+                                                const unsigned* flags, int m, int k, int g, int column) {
+  const unsigned flagged = column < k ? flags[column / 32] >> (column % 32) & 0xffffu : 0u;
+  if (!group_any(flagged != 0)) {
+    return;
+  }
+  unsigned right[kTokenTiles][8];
+#pragma unroll
+  for (int j = 0; j < kTokenTiles; ++j) {
+    const int token = 8 * j + g;
+    uint4 halves[2] = {};
+    if (token < m && flagged != 0) {
+      const uint4* from = reinterpret_cast<const uint4*>(values + static_cast<int64_t>(token) * k + column);
+      halves[0] = from[0];
+      halves[1] = from[1];
+    }
+    memcpy(right[j], halves, sizeof halves);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      right[j][i] &= pair_mask(flagged >> (2 * i));
+    }
+  }
+#pragma unroll
+  for (int r = 0; r < kRowTiles; ++r) {
+    const unsigned upper[4] = {chunk[r][0].x, chunk[r][0].y, chunk[r][0].z, chunk[r][0].w};
+    const unsigned lower[4] = {chunk[r][1].x, chunk[r][1].y, chunk[r][1].z, chunk[r][1].w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const unsigned left[4] = {widen_codes<T, 0>(upper[i]), widen_codes<T, 0>(lower[i]), widen_codes<T, 1>(upper[i]),
+                                widen_codes<T, 1>(lower[i])};
+#pragma unroll
+      for (int j = 0; j < kTokenTiles; ++j) {
+        multiply_tile<T>(products[r][j], left, right[j][2 * i], right[j][2 * i + 1]);
+      }
+    }
+  }
+}
+
+// Thread blocks that a multiprocessor has registers for; many outlier columns would take more, and leave fewer.
+template <int kRowTiles, int kTokenTiles>
+constexpr int kBlocks = (kRowTiles > 1)     ? 2
+                        : (kTokenTiles > 1) ? 3
+                                            : 4;
+
 template <class T, bool kOutliers, int kRowTiles, int kTokenTiles>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocks<kRowTiles, kTokenTiles>)
     int8_few(const int8_t* __restrict__ a, const int8_t* __restrict__ b, int m, int n, int k,
              const float* __restrict__ a_absmax, const float* __restrict__ b_absmax, const T* __restrict__ values,
              const Outliers outliers, const void* __restrict__ bias, int bias_dtype, T* __restrict__ out) {
@@ -72,67 +123,95 @@ __global__ void __launch_bounds__(kThreads)
     }
   }
 
-  // The outlier columns, while the first codes are on their way.
-  constexpr int kOwn = (kRows * kTokens + kThreads - 1) / kThreads;  // elements that this thread finishes
-  float corrected[kOwn] = {};
-  if constexpr (kOutliers) {
-    const int count = *outliers.count;
-#pragma unroll
-    for (int e = 0; e < kOwn; ++e) {
-      const int i = threadIdx.x + e * kThreads, row = first_row + i % kRows, token = i / kRows;
-      if (row < n && token < m) {
-        corrected[e] = outlier_product(values + static_cast<int64_t>(token) * k, b + static_cast<int64_t>(row) * k,
-                                       outliers.columns, count, b_absmax[row]);
-      }
-    }
-  }
-
   int sums[kRowTiles][kTokenTiles][4] = {};
-  for (int start = warp; start < chunks; start += kDepth * kWarps) {
+  // `also` is called with the codes of each chunk and its column besides.
+  const auto multiply = [&](auto&& also) {
+    for (int start = warp; start < chunks; start += kDepth * kWarps) {
 #pragma unroll
-    for (int d = 0; d < kDepth; ++d) {
-      const int chunk = start + d * kWarps;
-      if (chunk >= chunks) {
-        break;
-      }
-      const int column = chunk * kChunk + t * 16;
-      uint4 right[kTokenTiles];
-#pragma unroll
-      for (int j = 0; j < kTokenTiles; ++j) {
-        const int token = 8 * j + g;
-        right[j] = token < m && column < k
-                       ? *reinterpret_cast<const uint4*>(a + static_cast<int64_t>(token) * k + column)
-                       : zero;
-      }
-#pragma unroll
-      for (int r = 0; r < kRowTiles; ++r) {
-        const uint4 upper = codes[d][r][0], lower = codes[d][r][1];
-        const unsigned first[4] = {upper.x, lower.x, upper.y, lower.y};
-        const unsigned second[4] = {upper.z, lower.z, upper.w, lower.w};
+      for (int d = 0; d < kDepth; ++d) {
+        const int chunk = start + d * kWarps;
+        if (chunk >= chunks) {
+          break;
+        }
+        const int column = chunk * kChunk + t * 16;
+        uint4 right[kTokenTiles];
 #pragma unroll
         for (int j = 0; j < kTokenTiles; ++j) {
-          multiply_tile8(sums[r][j], first, right[j].x, right[j].y);
-          multiply_tile8(sums[r][j], second, right[j].z, right[j].w);
+          const int token = 8 * j + g;
+          right[j] = token < m && column < k
+                         ? *reinterpret_cast<const uint4*>(a + static_cast<int64_t>(token) * k + column)
+                         : zero;
+        }
+#pragma unroll
+        for (int r = 0; r < kRowTiles; ++r) {
+          const uint4 upper = codes[d][r][0], lower = codes[d][r][1];
+          const unsigned first[4] = {upper.x, lower.x, upper.y, lower.y};
+          const unsigned second[4] = {upper.z, lower.z, upper.w, lower.w};
+#pragma unroll
+          for (int j = 0; j < kTokenTiles; ++j) {
+            multiply_tile8(sums[r][j], first, right[j].x, right[j].y);
+            multiply_tile8(sums[r][j], second, right[j].z, right[j].w);
+          }
+        }
+        also(codes[d], column);
+        if (chunk + kDepth * kWarps < chunks) {
+          fetch(d, chunk + kDepth * kWarps);
         }
       }
-      if (chunk + kDepth * kWarps < chunks) {
-        fetch(d, chunk + kDepth * kWarps);
+    }
+  };
+  const auto share_sums = [&](const auto& own) {
+#pragma unroll
+    for (int r = 0; r < kRowTiles; ++r) {
+#pragma unroll
+      for (int j = 0; j < kTokenTiles; ++j) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int row = 16 * r + 8 * (i / 2) + g, token = 8 * j + 2 * t + i % 2;
+          partial[(warp * kTokens + token) * kRows + row] = bits_of(own[r][j][i]);
+        }
       }
     }
-  }
+    __syncthreads();
+  };
 
+  constexpr int kOwn = (kRows * kTokens + kThreads - 1) / kThreads;  // elements that this thread finishes
+  float corrected[kOwn] = {};
+  const int count = kOutliers ? *outliers.count : 0;
+  // Values of float32 find no place in the matrix units.
+  if (kOutliers && sizeof(T) == 2 && are_many(outliers, count, k, kGatheredShareFew)) {
+    float products[kRowTiles][kTokenTiles][4] = {};
+    multiply([&](const uint4(&chunk)[kRowTiles][2], int column) {
+      multiply_masked<T>(products, chunk, values, outliers.flags, m, k, g, column);
+    });
+    share_sums(products);
 #pragma unroll
-  for (int r = 0; r < kRowTiles; ++r) {
+    for (int e = 0; e < kOwn; ++e) {
+      const int i = threadIdx.x + e * kThreads, row = first_row + i % kRows;
+      if (row < n && i / kRows < m) {
 #pragma unroll
-    for (int j = 0; j < kTokenTiles; ++j) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int row = 16 * r + 8 * (i / 2) + g, token = 8 * j + 2 * t + i % 2;
-        partial[(warp * kTokens + token) * kRows + row] = sums[r][j][i];
+        for (int w = 0; w < kWarps; ++w) {
+          corrected[e] += __int_as_float(partial[w * kRows * kTokens + i]);
+        }
+        corrected[e] *= b_absmax[row] * (1.0f / 127.0f);
       }
     }
+    __syncthreads();
+  } else {
+    // While the first codes are on their way.
+    if constexpr (kOutliers) {
+#pragma unroll
+      for (int e = 0; e < kOwn; ++e) {
+        const int i = threadIdx.x + e * kThreads, row = first_row + i % kRows, token = i / kRows;
+        if (row < n && token < m) {
+          corrected[e] = outlier_product(values + static_cast<int64_t>(token) * k, b + static_cast<int64_t>(row) * k,
+                                         outliers.columns, count, b_absmax[row]);
+        }
+      }
+    }
+    multiply([](const uint4(&)[kRowTiles][2], int) {});
   }
-  __syncthreads();
+  share_sums(sums);
 #pragma unroll
   for (int e = 0; e < kOwn; ++e) {
     const int i = threadIdx.x + e * kThreads, row = first_row + i % kRows, token = i / kRows;

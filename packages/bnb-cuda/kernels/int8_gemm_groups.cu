@@ -6,15 +6,13 @@
 // that share rows of the weight bring one half of them each, for both.
 //
 // The warps that have nothing to copy fetch what a tile needs in the end, while it is multiplied: scales, bias and the
-// outlier columns. These are gathered 16 at a time, and multiplied as 16-bit numbers, in which both values and codes
-// are exact, onto the scaled integers. Where the integers contain these columns too, what is multiplied of a value is
-// the rest that its code leaves: the value itself for an outlier, whose code is 0, and next to nothing for others.
+// outlier columns. These are multiplied as 16-bit numbers, in which both values and codes are exact, onto the scaled
+// integers; see int8_outliers.h.
 #include <type_traits>
 
 #include "clusters.h"
-#include "int8_gemm.h"
+#include "int8_outliers.h"
 #include "tensor_map.h"
-#include "wgmma.h"
 
 #ifndef BNB_HIP
 #include <cooperative_groups.h>
@@ -22,23 +20,20 @@
 namespace bnb_gpu {
 namespace {
 
-constexpr int kGroups = 2;
-constexpr int kMathThreads = kGroups * kGroupThreads;
 constexpr int kMathWarps = kMathThreads / kLanes;
 constexpr int kThreads = kMathThreads + kGroupThreads;
 constexpr int kStep = kSwizzledRowBytes;  // columns of a stage
-constexpr int kBatch = 16;                // outlier columns of one product
-constexpr int kBatchPitch = 2 * kBatch;   // bytes of a row of a batch
 constexpr int kSlots = 2;                 // of batches, and of constants of a tile
-constexpr int kGatherThreads = kGroupThreads - kLanes;
 
 template <int kTokens, int kRows, int kCluster>
 struct Shape {
   // Groups share the rows of activations, or those of the weight.
   static constexpr bool kSharesTokens = kTokens == 128;
-  static constexpr int kGroupRows = kSharesTokens ? kRows : kRows / kGroups;
+  static constexpr int kGroupRows = kSharesTokens ? kRows : kRows / kMathGroups;
   static constexpr int kTokenBytes = kTokens * kStep;
   static constexpr int kStageBytes = kTokenBytes + kRows * kStep;
+  static constexpr int kMaskedBytes =
+      kTokenBytes + kRows * kMaskedStep;  // of a stage of outlier columns, as it arrives
   static constexpr int kBatchBytes = (kTokens + kRows) * kBatchPitch;
   // Scales of tokens, scales of rows of the weight, bias of these rows; as floats.
   static constexpr int kConstants = kTokens + 2 * kRows;
@@ -50,23 +45,6 @@ struct Shape {
   static constexpr int kBytes = kBarriers + 256;
   static constexpr int kBoxRows = kRows / kCluster;
 };
-
-struct Problem {
-  int m, n, k;
-  const float* a_absmax;
-  const float* b_absmax;
-  const void* values;
-  const int8_t* token_codes;  // null if they are 0 in the outlier columns
-  const int8_t* codes;
-  Outliers outliers;
-  const void* bias;
-  int bias_dtype;
-};
-
-// Offset in bytes of a pair of values in a batch: 16-byte halves of rows swapped so that eight rows use all banks.
-__device__ __forceinline__ int batch_offset(int row, int pair) {
-  return row * kBatchPitch + ((pair / 4) ^ ((row >> 2) & 1)) * 16 + pair % 4 * 4;
-}
 
 // Fetches the constants of a tile; zeros beyond the matrices.
 template <int kTokens, int kRows>
@@ -80,90 +58,6 @@ __device__ __forceinline__ void fetch_constants(float* constants, const Problem&
     constants[kTokens + i] = row < p.n ? p.b_absmax[row] : 0.0f;
     constants[kTokens + kRows + i] = load_bias(row < p.n ? p.bias : nullptr, p.bias_dtype, row);
   }
-}
-
-// Gathers `kAtOnce` times a pair of outlier columns in rows of one of the matrices; the loads of all of them are under
-// way before the first is needed. `pair_at` loads: of a row and two columns.
-template <int kRows, int kAtOnce, class PairAt>
-__device__ __forceinline__ void gather_rows(unsigned char* batch, int first_row, int rows, int own_column, int columns,
-                                            int thread, PairAt&& pair_at) {
-  const int pairs = (columns + 1) / 2, items = kRows * pairs;
-  // As often in all lanes, which tell each other the columns.
-  for (int begin = 0; begin < items; begin += kAtOnce * kGatherThreads) {
-    decltype(pair_at(0, 0, 0)) loaded[kAtOnce];
-#pragma unroll
-    for (int u = 0; u < kAtOnce; ++u) {
-      const int item = min(begin + u * kGatherThreads + thread, items - 1), pair = item % pairs;
-      const int left = shuffle(own_column, 2 * pair), right = shuffle(own_column, min(2 * pair + 1, columns - 1));
-      loaded[u] = pair_at(min(item / pairs, rows - 1), left, right);
-    }
-#pragma unroll
-    for (int u = 0; u < kAtOnce; ++u) {
-      const int item = begin + u * kGatherThreads + thread;
-      if (item < items) {
-        const int row = item / pairs, pair = item % pairs;
-        const unsigned both = row < rows ? loaded[u].pack() : 0u;
-        *reinterpret_cast<unsigned*>(batch + batch_offset(first_row + row, pair)) =
-            2 * pair + 1 < columns ? both : both & 0xffffu;
-      }
-    }
-  }
-}
-
-// Two values of a row of activations with what their codes stand for, and two codes of a row of the weight.
-template <class T, bool kCoded>
-struct ValuePair {
-  T values[2];
-  int8_t codes[2];
-  float absmax;
-
-  __device__ __forceinline__ unsigned pack() const {
-    const float scale = absmax * (1.0f / 127.0f);
-    return kCoded ? pack_pair<T>(to_float(values[0]) - codes[0] * scale, to_float(values[1]) - codes[1] * scale)
-                  : pack_pair<T>(to_float(values[0]), to_float(values[1]));
-  }
-};
-
-template <class T>
-struct CodePair {
-  int8_t codes[2];
-
-  __device__ __forceinline__ unsigned pack() const { return pack_pair<T>(codes[0], codes[1]); }
-};
-
-// Gathers one batch of outlier columns: rows of the activations, then of the weight's codes; zeros beyond the end.
-template <class T, int kTokens, int kRows>
-__device__ __forceinline__ void gather(unsigned char* batch, const Problem& p, int first_token, int first_row,
-                                       int first, int count, int thread) {
-  const int columns = min(kBatch, count - first), lane = thread % kLanes;
-  const int own_column = lane < columns ? p.outliers.columns[first + lane] : 0;
-  // Pairs of columns that the batch does not have.
-  const int pairs = (columns + 1) / 2, absent = kBatch / 2 - pairs;
-  for (int i = thread; i < (kTokens + kRows) * absent; i += kGatherThreads) {
-    *reinterpret_cast<unsigned*>(batch + batch_offset(i / absent, pairs + i % absent)) = 0u;
-  }
-  const T* values = static_cast<const T*>(p.values) + static_cast<int64_t>(first_token) * p.k;
-  const int8_t* token_codes = p.token_codes + static_cast<int64_t>(first_token) * p.k;
-  const int tokens = min(kTokens, p.m - first_token);
-  if (p.token_codes != nullptr) {
-    gather_rows<kTokens, 2>(batch, 0, tokens, own_column, columns, thread, [&](int row, int left, int right) {
-      const int64_t from = static_cast<int64_t>(row) * p.k;
-      return ValuePair<T, true>{{values[from + left], values[from + right]},
-                                {token_codes[from + left], token_codes[from + right]},
-                                p.a_absmax[first_token + row]};
-    });
-  } else {
-    gather_rows<kTokens, 2>(batch, 0, tokens, own_column, columns, thread, [&](int row, int left, int right) {
-      const int64_t from = static_cast<int64_t>(row) * p.k;
-      return ValuePair<T, false>{{values[from + left], values[from + right]}, {}, 0.0f};
-    });
-  }
-  const int8_t* codes = p.codes + static_cast<int64_t>(first_row) * p.k;
-  gather_rows<kRows, 4>(batch, kTokens, min(kRows, p.n - first_row), own_column, columns, thread,
-                        [&](int row, int left, int right) {
-                          const int64_t from = static_cast<int64_t>(row) * p.k;
-                          return CodePair<T>{{codes[from + left], codes[from + right]}};
-                        });
 }
 
 // Four lanes hold a pair of neighbouring columns each of four groups of eight columns; afterwards each lane holds
@@ -209,10 +103,14 @@ __device__ __forceinline__ void store_rows(T* out, unsigned (&words)[4], const P
   }
 }
 
+// Codes of the activations and of the weight, and for the outlier columns values and again the weight.
+struct Maps {
+  CUtensorMap activations, weight, values, masked_weight;
+};
+
 template <class T, bool kOutliers, int kTokens, int kRows, int kCluster>
 __global__ void __launch_bounds__(kThreads, 1)
-    int8_groups(const __grid_constant__ CUtensorMap activations, const __grid_constant__ CUtensorMap weight,
-                const Problem p, T* __restrict__ out) {
+    int8_groups(const __grid_constant__ Maps maps, const Problem p, T* __restrict__ out) {
 #if BNB_WGMMA
   using Layout = Shape<kTokens, kRows, kCluster>;
   constexpr int kStages = Layout::kStages, kGroupRows = Layout::kGroupRows;
@@ -228,7 +126,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int token_tiles = (p.m + kTokens * kCluster - 1) / (kTokens * kCluster);
   const int tiles = (p.n + kRows - 1) / kRows * token_tiles;
   const int first_tile = static_cast<int>(blockIdx.x) / kCluster, stride = static_cast<int>(gridDim.x) / kCluster;
-  const int steps = (p.k + kStep - 1) / kStep;
+  const int steps = (p.k + kStep - 1) / kStep, masked_steps = (p.k + kMaskedStep - 1) / kMaskedStep;
   // Neighbouring thread blocks share rows of the weight, which then stay in the cache.
   const auto token_of = [&](int tile) { return (tile % token_tiles * kCluster + rank) * kTokens; };
   const auto row_of = [&](int tile) { return tile / token_tiles * kRows; };
@@ -248,7 +146,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
     publish_barriers();
     for (int step = 0; step < min(steps, kPrefetchedStages); ++step) {
-      prefetch_box(weight, step * kStep, row_of(first_tile) + rank * Layout::kBoxRows);
+      prefetch_box(maps.weight, step * kStep, row_of(first_tile) + rank * Layout::kBoxRows);
     }
   }
   auto cluster = cooperative_groups::this_cluster();
@@ -260,34 +158,47 @@ __global__ void __launch_bounds__(kThreads, 1)
 
   wait_for_kernel_ahead();
   let_kernel_behind_begin();
+  const int count = kOutliers ? *p.outliers.count : 0;
+  const bool masked = kOutliers && are_masked(p, count);
+  const int gathered_count = masked ? 0 : count;
 
   if (warp >= kMathWarps) {
     keep_fewer_registers<72>();
     if (warp == kMathWarps) {
       if (lane == 0) {
         RingPlace<kStages> place;
+        // Has a stage brought, with `bytes` in all: rows of the activations, and this thread block's share of the
+        // weight for all of the cluster, to `box`.
+        const auto bring = [&](int bytes, const CUtensorMap& left, int token, const CUtensorMap& right, int row,
+                               int column, int box) {
+          unsigned char* stage = shared + place.slot * Layout::kStageBytes;
+          uint64_t* barrier = full + place.slot;
+          wait(drained + place.slot, place.parity ^ 1);
+          arrive_expecting(barrier, bytes);
+          copy_box(stage, left, column, token, barrier);
+          if constexpr (kCluster > 1) {
+            copy_box_to((1 << kCluster) - 1, stage + Layout::kTokenBytes + box, right, column, row, barrier);
+          } else {
+            copy_box(stage + Layout::kTokenBytes + box, right, column, row, barrier);
+          }
+          place.advance();
+        };
         for (int tile = first_tile; tile < tiles; tile += stride) {
-          const int token = token_of(tile), row = row_of(tile) + rank * Layout::kBoxRows;
+          const int token = token_of(tile), box_row = rank * Layout::kBoxRows, row = row_of(tile) + box_row;
           for (int step = 0; step < steps; ++step) {
-            unsigned char* stage = shared + place.slot * Layout::kStageBytes;
-            unsigned char* box = stage + Layout::kTokenBytes + rank * Layout::kBoxRows * kStep;
-            uint64_t* barrier = full + place.slot;
-            wait(drained + place.slot, place.parity ^ 1);
-            arrive_expecting(barrier, Layout::kStageBytes);
-            copy_box(stage, activations, step * kStep, token, barrier);
-            if constexpr (kCluster > 1) {
-              copy_box_to((1 << kCluster) - 1, box, weight, step * kStep, row, barrier);
-            } else {
-              copy_box(box, weight, step * kStep, row, barrier);
+            bring(Layout::kStageBytes, maps.activations, token, maps.weight, row, step * kStep, box_row * kStep);
+          }
+          if (masked) {
+            for (int step = 0; step < masked_steps; ++step) {
+              bring(Layout::kMaskedBytes, maps.values, token, maps.masked_weight, row, step * kMaskedStep,
+                    box_row * kMaskedStep);
             }
-            place.advance();
           }
         }
       }
       __syncwarp();
     } else {
-      const int count = kOutliers ? *p.outliers.count : 0,
-                thread = static_cast<int>(threadIdx.x) - kMathThreads - kLanes;
+      const int thread = static_cast<int>(threadIdx.x) - kMathThreads - kLanes;
       RingPlace<kSlots> place, batch_place;
       for (int tile = first_tile; tile < tiles; tile += stride) {
         wait(read + place.slot, place.parity ^ 1);
@@ -295,10 +206,10 @@ __global__ void __launch_bounds__(kThreads, 1)
                                         thread);
         arrive(known + place.slot);
         place.advance();
-        for (int first = 0; first < count; first += kBatch) {
+        for (int first = 0; first < gathered_count; first += kBatch) {
           wait(used + batch_place.slot, batch_place.parity ^ 1);
           gather<T, kTokens, kRows>(shared + Layout::kBatches + batch_place.slot * Layout::kBatchBytes, p,
-                                    token_of(tile), row_of(tile), first, count, thread);
+                                    token_of(tile), row_of(tile), first, gathered_count, thread);
           arrive(gathered + batch_place.slot);
           batch_place.advance();
         }
@@ -312,7 +223,6 @@ __global__ void __launch_bounds__(kThreads, 1)
     const int group_token = Layout::kSharesTokens ? group * 64 : 0,
               group_row = Layout::kSharesTokens ? 0 : group * kGroupRows;
     const int own_token = group_token + warp % 4 * 16 + g;
-    const int count = kOutliers ? *p.outliers.count : 0;
     RingPlace<kStages> place;
     RingPlace<kSlots> constants_place, batch_place;
     for (int tile = first_tile; tile < tiles; tile += stride) {
@@ -350,30 +260,57 @@ __global__ void __launch_bounds__(kThreads, 1)
         for (int i = 0; i < kGroupRows / 2; ++i) {
           sums[i] = __float_as_int(__int2float_rn(sums[i]) * (token_scale[i % 4 / 2] * (1.0f / 127.0f)));
         }
-        for (int first = 0; first < count; first += kBatch) {
-          const unsigned char* batch = shared + Layout::kBatches + batch_place.slot * Layout::kBatchBytes;
-          wait(gathered + batch_place.slot, batch_place.parity);
-          const auto pair_at = [&](int row, int pair) {
-            return *reinterpret_cast<const unsigned*>(batch + batch_offset(row, pair));
-          };
-          const unsigned values[4] = {pair_at(own_token, t), pair_at(own_token + 8, t), pair_at(own_token, t + 4),
-                                      pair_at(own_token + 8, t + 4)};
+        if (masked) {
+          MaskedStages<T, kTokens, kRows> stages(p, token_of(tile), own);
+          wait(full + place.slot, place.parity);
+          stages.make_operands(shared + place.slot * Layout::kStageBytes, 0);
+#pragma unroll 1
+          for (int step = 0; step < masked_steps; ++step) {
+            const unsigned char* stage = shared + place.slot * Layout::kStageBytes;
+            const uint64_t left = tile_descriptor(stage + group_token * kStep);
+            const uint64_t right = tile_descriptor(stage + Layout::kTokenBytes + group_row * kStep);
+            begin_products();
 #pragma unroll
-          for (int j = 0; j < kGroupRows / 8; ++j) {
-            const int row = kTokens + group_row + 8 * j + g;
-            float four[4];
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-              four[i] = __int_as_float(sums[4 * j + i]);
+            for (int i = 0; i < kStep / 32; ++i) {
+              multiply_group<T>(sums, left + 2 * i, right + 2 * i, true);
             }
-            multiply_tile<T>(four, values, pair_at(row, t), pair_at(row, t + 4));
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-              sums[4 * j + i] = __float_as_int(four[i]);
+            commit_products();
+            held = place.slot;
+            place.advance();
+            // The next stage's operands, while the matrix units are at work.
+            if (step + 1 < masked_steps) {
+              wait(full + place.slot, place.parity);
+              stages.make_operands(shared + place.slot * Layout::kStageBytes, step + 1);
             }
+            wait_for_products(sums);
+            release_stage<kCluster>(drained + held, lane);
           }
-          arrive_as_warp(used + batch_place.slot, lane);
-          batch_place.advance();
+        } else {
+          for (int first = 0; first < count; first += kBatch) {
+            const unsigned char* batch = shared + Layout::kBatches + batch_place.slot * Layout::kBatchBytes;
+            wait(gathered + batch_place.slot, batch_place.parity);
+            const auto pair_at = [&](int row, int pair) {
+              return *reinterpret_cast<const unsigned*>(batch + batch_offset(row, pair));
+            };
+            const unsigned values[4] = {pair_at(own_token, t), pair_at(own_token + 8, t), pair_at(own_token, t + 4),
+                                        pair_at(own_token + 8, t + 4)};
+#pragma unroll
+            for (int j = 0; j < kGroupRows / 8; ++j) {
+              const int row = kTokens + group_row + 8 * j + g;
+              float four[4];
+#pragma unroll
+              for (int i = 0; i < 4; ++i) {
+                four[i] = __int_as_float(sums[4 * j + i]);
+              }
+              multiply_tile<T>(four, values, pair_at(row, t), pair_at(row, t + 4));
+#pragma unroll
+              for (int i = 0; i < 4; ++i) {
+                sums[4 * j + i] = __float_as_int(four[i]);
+              }
+            }
+            arrive_as_warp(used + batch_place.slot, lane);
+            batch_place.advance();
+          }
         }
       }
 #pragma unroll
@@ -418,8 +355,13 @@ void run(const Launch& launch, const Gemm8& p) {
   limit.raise(launch, reinterpret_cast<const void*>(kernel), Layout::kBytes);
   constexpr auto kByte = CU_TENSOR_MAP_DATA_TYPE_UINT8;
   constexpr auto kSwizzle = CU_TENSOR_MAP_SWIZZLE_128B;
-  const CUtensorMap activations = matrix_map(p.a, kByte, 1, p.m, p.k, kTokens, kStep, kSwizzle);
-  const CUtensorMap weight = matrix_map(p.b, kByte, 1, p.n, p.k, Layout::kBoxRows, kStep, kSwizzle);
+  Maps maps{};
+  maps.activations = matrix_map(p.a, kByte, 1, p.m, p.k, kTokens, kStep, kSwizzle);
+  maps.weight = matrix_map(p.b, kByte, 1, p.n, p.k, Layout::kBoxRows, kStep, kSwizzle);
+  if constexpr (kOutliers) {
+    maps.values = matrix_map(p.values, CU_TENSOR_MAP_DATA_TYPE_UINT16, 2, p.m, p.k, kTokens, kMaskedStep, kSwizzle);
+    maps.masked_weight = matrix_map(p.b, kByte, 1, p.n, p.k, Layout::kBoxRows, kMaskedStep);
+  }
   const Problem problem{static_cast<int>(p.m),
                         static_cast<int>(p.n),
                         static_cast<int>(p.k),
@@ -432,8 +374,8 @@ void run(const Launch& launch, const Gemm8& p) {
                         p.bias,
                         p.bias_dtype};
   const int64_t tiles = ceil_div(p.n, kRows) * ceil_div(p.m, kTokens * kCluster);
-  launch_dependent(kernel, cluster_grid(launch, tiles, kThreads, Layout::kBytes, kCluster), launch, "int8_linear",
-                   activations, weight, problem, static_cast<T*>(p.out));
+  launch_dependent(kernel, cluster_grid(launch, tiles, kThreads, Layout::kBytes, kCluster), launch, "int8_linear", maps,
+                   problem, static_cast<T*>(p.out));
 }
 
 // A tile that the kernel is built for, and what it costs: bytes per column are brought at the rate of 40 per cycle,

@@ -98,6 +98,9 @@ __global__ void __launch_bounds__(kThreads)
     *reinterpret_cast<Vector<int8_t, kPerVector>*>(codes + static_cast<int64_t>(row) * columns + column) = out;
   }
   if (blockIdx.x == 0) {
+    for (int i = threadIdx.x; i < words; i += kThreads) {
+      outliers.flags[i] = flags[i];
+    }
     list_columns([&](int64_t word) { return flags[word]; }, words, outliers.columns, outliers.count);
   }
 #if BNB_DEVICE_ARCH >= 900

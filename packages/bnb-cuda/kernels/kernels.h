@@ -72,7 +72,7 @@ void gemv_4bit(const Launch&, const Gemm4&, const float* code);
 // --- int8_quant*.cu ---------------------------------------------------------------------------------
 // Outlier columns of a matrix, found on the device. `flags` has one bit per column and a word that counts
 // (ceil(columns / 32) + 1 words, zeroed by quantize_rows); `columns` lists the set bits in ascending order, `count`
-// their number.
+// their number. Products take columns that anybody has listed, without flags, too.
 struct Outliers {
   unsigned* flags;
   int* columns;

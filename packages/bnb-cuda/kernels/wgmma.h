@@ -162,13 +162,16 @@ __device__ __forceinline__ void multiply_group(float (&d)[128], const unsigned (
 #endif
 }
 
-// The same for int8 with both operands in shared memory, 32 columns, exact in int32.
-#define BNB_PRODUCT_INT8(rows, places, a, b, keep, ...)                                                       \
+// The same with both operands in shared memory. `kind` names the columns of one product and its types.
+#define BNB_PRODUCT_SHARED(kind, last, rows, places, a, b, keep, ...)                                         \
   asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" keep                                                      \
                ", 0;\n"                                                                                       \
-               "wgmma.mma_async.sync.aligned.m64n" rows "k32.s32.s8.s8 {" places "}, %" a ", %" b ", p;\n}\n" \
+               "wgmma.mma_async.sync.aligned.m64n" rows kind " {" places "}, %" a ", %" b ", p" last ";\n}\n" \
                : __VA_ARGS__                                                                                  \
                : "l"(a_tile), "l"(b_tile), "r"(static_cast<int>(add)))
+
+// int8, 32 columns, exact in int32.
+#define BNB_PRODUCT_INT8(...) BNB_PRODUCT_SHARED("k32.s32.s8.s8", "", __VA_ARGS__)
 
 __device__ __forceinline__ void multiply_group(int (&d)[16], uint64_t a_tile, uint64_t b_tile, bool add) {
 #if BNB_WGMMA
@@ -178,7 +181,7 @@ __device__ __forceinline__ void multiply_group(int (&d)[16], uint64_t a_tile, ui
 
 __device__ __forceinline__ void multiply_group(int (&d)[32], uint64_t a_tile, uint64_t b_tile, bool add) {
 #if BNB_WGMMA
-  BNB_PRODUCT_INT8("64", BNB_PLACES32, "32", "33", "34", BNB_SUMS16("+r", 0), BNB_SUMS16("+r", 16));
+  BNB_PRODUCT_INT8("64", BNB_PLACES32, "32", "33", "34", BNB_SUMS32("+r", 0));
 #endif
 }
 
@@ -191,6 +194,43 @@ __device__ __forceinline__ void multiply_group(int (&d)[64], uint64_t a_tile, ui
 __device__ __forceinline__ void multiply_group(int (&d)[128], uint64_t a_tile, uint64_t b_tile, bool add) {
 #if BNB_WGMMA
   BNB_PRODUCT_INT8("256", BNB_PLACES128, "128", "129", "130", BNB_SUMS128("+r", 0));
+#endif
+}
+
+// 16-bit values, 16 columns. The registers hold the bits of float32 sums, so that they can be those of integers that
+// came before.
+#define BNB_PRODUCT_TWO_BYTES(...)                                        \
+  if constexpr (std::is_same_v<T, half_t>) {                              \
+    BNB_PRODUCT_SHARED("k16.f32.f16.f16", ", 1, 1, 0, 0", __VA_ARGS__);   \
+  } else {                                                                \
+    BNB_PRODUCT_SHARED("k16.f32.bf16.bf16", ", 1, 1, 0, 0", __VA_ARGS__); \
+  }
+
+template <class T>
+__device__ __forceinline__ void multiply_group(int (&d)[16], uint64_t a_tile, uint64_t b_tile, bool add) {
+#if BNB_WGMMA
+  BNB_PRODUCT_TWO_BYTES("32", BNB_PLACES16, "16", "17", "18", BNB_SUMS16("+r", 0))
+#endif
+}
+
+template <class T>
+__device__ __forceinline__ void multiply_group(int (&d)[32], uint64_t a_tile, uint64_t b_tile, bool add) {
+#if BNB_WGMMA
+  BNB_PRODUCT_TWO_BYTES("64", BNB_PLACES32, "32", "33", "34", BNB_SUMS32("+r", 0))
+#endif
+}
+
+template <class T>
+__device__ __forceinline__ void multiply_group(int (&d)[64], uint64_t a_tile, uint64_t b_tile, bool add) {
+#if BNB_WGMMA
+  BNB_PRODUCT_TWO_BYTES("128", BNB_PLACES64, "64", "65", "66", BNB_SUMS32("+r", 0), BNB_SUMS32("+r", 32))
+#endif
+}
+
+template <class T>
+__device__ __forceinline__ void multiply_group(int (&d)[128], uint64_t a_tile, uint64_t b_tile, bool add) {
+#if BNB_WGMMA
+  BNB_PRODUCT_TWO_BYTES("256", BNB_PLACES128, "128", "129", "130", BNB_SUMS128("+r", 0))
 #endif
 }
 

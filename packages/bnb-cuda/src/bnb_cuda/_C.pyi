@@ -158,6 +158,7 @@ def int8_gemm(
     a_absmax: int,
     b_absmax: int,
     values: int,
+    flags: int,
     listed: int,
     count: int,
     cleared: bool,

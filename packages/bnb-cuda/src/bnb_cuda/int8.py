@@ -27,10 +27,14 @@ from bnb_cuda.tuning import LIBRARY_MULTIPLE, Int8Path, plan_int8
 
 
 class Outliers(NamedTuple):
-    """Outlier columns on the device: their list, which has room for all columns, and their number."""
+    """Outlier columns on the device: their list, which has room for all columns, their number, and a bit per column.
+
+    Lists that callers made have no flags.
+    """
 
     columns: Tensor
     number: Tensor
+    flags: Tensor | None = None
 
 
 def quantize_rows(A: Tensor, threshold: float, cleared: bool = True) -> tuple[Tensor, Tensor, Outliers | None]:
@@ -41,7 +45,7 @@ def quantize_rows(A: Tensor, threshold: float, cleared: bool = True) -> tuple[Te
     rows, width, device = rows_of(A), A.shape[-1], A.device
     codes = empty(A.shape, dtype=torch.int8, device=device)
     absmax = empty(rows, dtype=torch.float32, device=device)
-    flags, outliers = _outlier_buffers(width, threshold, device)
+    outliers = _outlier_buffers(width, threshold, device)
     _C.int8_quantize_rows(
         device.index,
         stream_of(device.index),
@@ -52,7 +56,7 @@ def quantize_rows(A: Tensor, threshold: float, cleared: bool = True) -> tuple[Te
         threshold,
         codes.data_ptr(),
         absmax.data_ptr(),
-        *_outlier_addresses(flags, outliers),
+        *_outlier_addresses(outliers),
         cleared,
     )
     return codes, absmax, outliers
@@ -63,18 +67,20 @@ def flag_words(width: int) -> int:
     return -(-width // 32) + 1
 
 
-def _outlier_buffers(width: int, threshold: float, device: torch.device) -> tuple[Tensor | None, Outliers | None]:
+def _outlier_buffers(width: int, threshold: float, device: torch.device) -> Outliers | None:
     if threshold <= 0.0:
-        return None, None
+        return None
     flags = empty(flag_words(width), dtype=torch.int32, device=device)
     columns = empty(width, dtype=torch.int32, device=device)
     # Without a column there is no kernel that would count.
     count = torch.zeros(1, dtype=torch.int32, device=device) if width == 0 else flags.new_empty(1)
-    return flags, Outliers(columns, count)
+    return Outliers(columns, count, flags)
 
 
-def _outlier_addresses(flags: Tensor | None, outliers: Outliers | None) -> tuple[int, int, int]:
-    return (0, 0, 0) if outliers is None else (address(flags), address(outliers.columns), address(outliers.number))
+def _outlier_addresses(outliers: Outliers | None) -> tuple[int, int, int]:
+    if outliers is None:
+        return 0, 0, 0
+    return address(outliers.flags), outliers.columns.data_ptr(), outliers.number.data_ptr()
 
 
 def _listed(outliers: Outliers | None) -> Tensor | None:
@@ -96,7 +102,7 @@ def int8_double_quant(A: Tensor, threshold: float = 0.0) -> tuple[Tensor, Tensor
     column_codes = empty(A.shape, dtype=torch.int8, device=device)
     row_absmax = empty(rows, dtype=torch.float32, device=device)
     column_absmax = empty(width, dtype=torch.float32, device=device)
-    flags, outliers = _outlier_buffers(width, threshold, device)
+    outliers = _outlier_buffers(width, threshold, device)
     _C.int8_double_quantize(
         device.index,
         stream_of(device.index),
@@ -109,7 +115,7 @@ def int8_double_quant(A: Tensor, threshold: float = 0.0) -> tuple[Tensor, Tensor
         column_codes.data_ptr(),
         row_absmax.data_ptr(),
         column_absmax.data_ptr(),
-        *_outlier_addresses(flags, outliers),
+        *_outlier_addresses(outliers),
     )
     return row_codes, column_codes, row_absmax, column_absmax, _listed(outliers)
 
@@ -279,8 +285,7 @@ def _multiply(
         row_stats.data_ptr(),
         col_stats.data_ptr(),
         address(values),
-        0 if outliers is None else outliers.columns.data_ptr(),
-        0 if outliers is None else outliers.number.data_ptr(),
+        *_outlier_addresses(outliers),
         cleared,
         address(bias),
         dtype_number(bias),
@@ -372,6 +377,7 @@ def bind_int8_linear(
             absmax,
             weight_absmax,
             values if outlier_bytes else 0,
+            flags,
             columns,
             count,
             cleared,
