@@ -90,6 +90,15 @@ __device__ __forceinline__ void wait(uint64_t* barrier, int parity) {
 #endif
 }
 
+// A word of global memory, and after it what was written before it.
+__device__ __forceinline__ int load_acquiring(const int* from) {
+  int value = 0;
+#if BNB_BULK_COPIES
+  asm volatile("ld.acquire.gpu.global.b32 %0, [%1];" : "=r"(value) : "l"(from) : "memory");
+#endif
+  return value;
+}
+
 // Copies bytes, a multiple of 16 between addresses that are multiples of 16.
 __device__ __forceinline__ void copy_bulk(void* to, const void* from, int bytes, uint64_t* barrier) {
 #if BNB_BULK_COPIES

@@ -136,21 +136,24 @@ NB_MODULE(_C, m) {
                          as<void>(out), dtype);
   });
   m.def("int8_gemm_fits", &int8_gemm_fits);
+  m.attr("GATHERED_MULTIPLE") = kGatheredMultiple;
+  m.def("gathered_room", &gathered_room);
+  // `gathered`, `room`: see Gemm8; for path 3 with outliers.
   m.def("int8_gemm",
         [](int path, int device, Pointer stream, Pointer product, Pointer a, Pointer b, int64_t m, int64_t n, int64_t k,
            Pointer a_absmax, Pointer b_absmax, Pointer values, Pointer flags, Pointer listed, Pointer count,
-           bool cleared, Pointer bias, int bias_dtype, Pointer out, int dtype) {
+           bool cleared, Pointer gathered, int64_t room, Pointer bias, int bias_dtype, Pointer out, int dtype) {
           const Outliers outliers{as<unsigned>(flags), as<int>(listed), as<int>(count)};
-          multiply_int8(
-              path, Launch(device, stream), as<const int32_t>(product),
-              {as<const int8_t>(a), as<const int8_t>(b), m, n, k, as<const float>(a_absmax), as<const float>(b_absmax),
-               as<const void>(values), outliers, cleared, as<const void>(bias), bias_dtype, as<void>(out), dtype});
+          multiply_int8(path, Launch(device, stream), as<const int32_t>(product),
+                        {as<const int8_t>(a), as<const int8_t>(b), m, n, k, as<const float>(a_absmax),
+                         as<const float>(b_absmax), as<const void>(values), outliers, cleared, as<void>(gathered), room,
+                         as<const void>(bias), bias_dtype, as<void>(out), dtype});
         });
   // Quantization of rows and the product, for all paths but 0.
   m.def("int8_linear",
         [](int path, int device, Pointer stream, Pointer values, int dtype, int64_t m, int64_t n, int64_t k,
            float threshold, Pointer codes, Pointer absmax, Pointer flags, Pointer listed, Pointer count, bool cleared,
-           Pointer b, Pointer b_absmax, Pointer bias, int bias_dtype, Pointer out) {
+           Pointer gathered, int64_t room, Pointer b, Pointer b_absmax, Pointer bias, int bias_dtype, Pointer out) {
           const Launch launch(device, stream);
           const Outliers outliers{as<unsigned>(flags), as<int>(listed), as<int>(count)};
           int8_quantize_rows(launch, as<const void>(values), dtype, m, k, threshold, as<int8_t>(codes),
@@ -158,7 +161,7 @@ NB_MODULE(_C, m) {
           multiply_int8(path, launch, nullptr,
                         {as<const int8_t>(codes), as<const int8_t>(b), m, n, k, as<const float>(absmax),
                          as<const float>(b_absmax), threshold > 0.0f ? as<const void>(values) : nullptr, outliers,
-                         cleared, as<const void>(bias), bias_dtype, as<void>(out), dtype});
+                         cleared, as<void>(gathered), room, as<const void>(bias), bias_dtype, as<void>(out), dtype});
         });
 
   m.attr("OPTIMIZER_COLUMNS") = OptimizerStep::kColumns;

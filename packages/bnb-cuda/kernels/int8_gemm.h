@@ -37,13 +37,12 @@ __device__ __forceinline__ float outlier_product(const T* values, const int8_t* 
   return sum * (b_absmax * (1.0f / 127.0f));
 }
 
-// Outlier columns beyond this share of all columns are multiplied in place, masked, rather than one by one: measured on
-// an H200, with more than 16 rows of activations and with fewer.
-constexpr int kGatheredShare = 32, kGatheredShareFew = 128;
+// With up to 16 rows of activations, more outlier columns than this share of all columns are multiplied in place,
+// masked, rather than one by one (measured on an H200). Without flags nobody can tell which they are in place.
+constexpr int kSingleShare = 128;
 
-// Whether there are more outlier columns than one in `share`. Without flags nobody can tell which they are in place.
-__device__ __forceinline__ bool are_many(const Outliers& outliers, int count, int k, int share) {
-  return outliers.flags != nullptr && count > k / share;
+__device__ __forceinline__ bool are_many(const Outliers& outliers, int count, int k) {
+  return outliers.flags != nullptr && count > k / kSingleShare;
 }
 
 // Codes 2 kHalf and 2 kHalf + 1 of four as 16-bit numbers.
@@ -71,6 +70,14 @@ __device__ __forceinline__ unsigned widen_codes(unsigned codes) {
 template <int kByte>
 __device__ __forceinline__ float code_value(unsigned codes) {
   return __uint_as_float(__byte_perm(codes ^ 0x80808080u, 0x4b000000u, 0x7440 | kByte)) - 8388736.0f;
+}
+
+// What the values of a pair of columns are beyond the codes of a row with this absmax over 127.
+template <class T, int kHalf>
+__device__ __forceinline__ unsigned rest_of_codes(unsigned values, unsigned codes, float scale) {
+  const float2 pair = unpack_pair<T>(values);
+  return pack_pair<T>(__fmaf_rn(-code_value<2 * kHalf>(codes), scale, pair.x),
+                      __fmaf_rn(-code_value<2 * kHalf + 1>(codes), scale, pair.y));
 }
 
 // All bits of those of two 16-bit numbers whose flags are set.

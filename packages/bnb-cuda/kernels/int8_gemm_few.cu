@@ -179,7 +179,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kRowTiles, kTokenTiles>)
   float corrected[kOwn] = {};
   const int count = kOutliers ? *outliers.count : 0;
   // Values of float32 find no place in the matrix units.
-  if (kOutliers && sizeof(T) == 2 && are_many(outliers, count, k, kGatheredShareFew)) {
+  if (kOutliers && sizeof(T) == 2 && are_many(outliers, count, k)) {
     float products[kRowTiles][kTokenTiles][4] = {};
     multiply([&](const uint4(&chunk)[kRowTiles][2], int column) {
       multiply_masked<T>(products, chunk, values, outliers.flags, m, k, g, column);

@@ -5,14 +5,13 @@
 // multiply them with the matrix units, while the next tile's columns already arrive. Two thread blocks of a cluster
 // that share rows of the weight bring one half of them each, for both.
 //
-// The warps that have nothing to copy fetch what a tile needs in the end, while it is multiplied: scales, bias and the
-// outlier columns. These are multiplied as 16-bit numbers, in which both values and codes are exact, onto the scaled
-// integers; see int8_outliers.h.
+// The warps that have nothing to copy gather outlier columns and fetch what a tile needs in the end, while it is
+// multiplied: scales and bias. Stages of outlier columns follow those of integers, whose scaled sums they add to; see
+// int8_outliers.h.
 #include <type_traits>
 
 #include "clusters.h"
 #include "int8_outliers.h"
-#include "tensor_map.h"
 
 #ifndef BNB_HIP
 #include <cooperative_groups.h>
@@ -23,7 +22,10 @@ namespace {
 constexpr int kMathWarps = kMathThreads / kLanes;
 constexpr int kThreads = kMathThreads + kGroupThreads;
 constexpr int kStep = kSwizzledRowBytes;  // columns of a stage
-constexpr int kSlots = 2;                 // of batches, and of constants of a tile
+constexpr int kSlots = 2;                 // of constants of a tile
+constexpr int kConstantThreads = kGatherWarps * kLanes;
+// Up to so many columns, rounded up, gathering costs less than multiplying all columns in place (measured on an H200).
+constexpr int kGatheredShare = 16;
 
 template <int kTokens, int kRows, int kCluster>
 struct Shape {
@@ -32,15 +34,12 @@ struct Shape {
   static constexpr int kGroupRows = kSharesTokens ? kRows : kRows / kMathGroups;
   static constexpr int kTokenBytes = kTokens * kStep;
   static constexpr int kStageBytes = kTokenBytes + kRows * kStep;
-  static constexpr int kMaskedBytes =
-      kTokenBytes + kRows * kMaskedStep;  // of a stage of outlier columns, as it arrives
-  static constexpr int kBatchBytes = (kTokens + kRows) * kBatchPitch;
+  static constexpr int kMaskedBytes = kTokenBytes + kRows * kOutlierStep;  // of a stage to be masked
   // Scales of tokens, scales of rows of the weight, bias of these rows; as floats.
   static constexpr int kConstants = kTokens + 2 * kRows;
-  static constexpr int kFit = (kSharedLimit - kSlots * (kBatchBytes + 4 * kConstants)) / kStageBytes;
+  static constexpr int kFit = (kSharedLimit - kSlots * 4 * kConstants) / kStageBytes;
   static constexpr int kStages = kFit < 8 ? kFit : 8;
-  static constexpr int kBatches = kStages * kStageBytes;
-  static constexpr int kConstantsBegin = kBatches + kSlots * kBatchBytes;
+  static constexpr int kConstantsBegin = kStages * kStageBytes;
   static constexpr int kBarriers = kConstantsBegin + kSlots * 4 * kConstants;
   static constexpr int kBytes = kBarriers + 256;
   static constexpr int kBoxRows = kRows / kCluster;
@@ -50,10 +49,10 @@ struct Shape {
 template <int kTokens, int kRows>
 __device__ __forceinline__ void fetch_constants(float* constants, const Problem& p, int first_token, int first_row,
                                                 int thread) {
-  for (int i = thread; i < kTokens; i += kGatherThreads) {
+  for (int i = thread; i < kTokens; i += kConstantThreads) {
     constants[i] = first_token + i < p.m ? p.a_absmax[first_token + i] : 0.0f;
   }
-  for (int i = thread; i < kRows; i += kGatherThreads) {
+  for (int i = thread; i < kRows; i += kConstantThreads) {
     const int row = first_row + i;
     constants[kTokens + i] = row < p.n ? p.b_absmax[row] : 0.0f;
     constants[kTokens + kRows + i] = load_bias(row < p.n ? p.bias : nullptr, p.bias_dtype, row);
@@ -103,9 +102,10 @@ __device__ __forceinline__ void store_rows(T* out, unsigned (&words)[4], const P
   }
 }
 
-// Codes of the activations and of the weight, and for the outlier columns values and again the weight.
+// Codes of the activations and of the weight; for a few outlier columns both side by side, for many all values and
+// again the weight.
 struct Maps {
-  CUtensorMap activations, weight, values, masked_weight;
+  CUtensorMap activations, weight, few_values, few_codes, all_values, all_codes;
 };
 
 template <class T, bool kOutliers, int kTokens, int kRows, int kCluster>
@@ -117,16 +117,14 @@ __global__ void __launch_bounds__(kThreads, 1)
   extern __shared__ __align__(1024) unsigned char shared[];
   uint64_t* full = reinterpret_cast<uint64_t*>(shared + Layout::kBarriers);
   uint64_t* drained = full + kStages;
-  uint64_t* gathered = drained + kStages;
-  uint64_t* used = gathered + kSlots;
-  uint64_t* known = used + kSlots;
+  uint64_t* known = drained + kStages;
   uint64_t* read = known + kSlots;
 
   const int rank = kCluster > 1 ? static_cast<int>(blockIdx.x) % kCluster : 0;
   const int token_tiles = (p.m + kTokens * kCluster - 1) / (kTokens * kCluster);
   const int tiles = (p.n + kRows - 1) / kRows * token_tiles;
   const int first_tile = static_cast<int>(blockIdx.x) / kCluster, stride = static_cast<int>(gridDim.x) / kCluster;
-  const int steps = (p.k + kStep - 1) / kStep, masked_steps = (p.k + kMaskedStep - 1) / kMaskedStep;
+  const int steps = (p.k + kStep - 1) / kStep;
   // Neighbouring thread blocks share rows of the weight, which then stay in the cache.
   const auto token_of = [&](int tile) { return (tile % token_tiles * kCluster + rank) * kTokens; };
   const auto row_of = [&](int tile) { return tile / token_tiles * kRows; };
@@ -139,9 +137,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       initialize(drained + s, kMathWarps * kCluster);
     }
     for (int s = 0; s < kSlots; ++s) {
-      initialize(gathered + s, kGatherThreads);
-      initialize(used + s, kMathWarps * kWarpArrivals);
-      initialize(known + s, kGatherThreads);
+      initialize(known + s, kConstantThreads);
       initialize(read + s, kMathWarps * kWarpArrivals);
     }
     publish_barriers();
@@ -159,8 +155,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   wait_for_kernel_ahead();
   let_kernel_behind_begin();
   const int count = kOutliers ? *p.outliers.count : 0;
-  const bool masked = kOutliers && are_masked(p, count);
-  const int gathered_count = masked ? 0 : count;
+  const bool masked = kOutliers && count > p.room;
+  const int outlier_steps = ((masked ? p.k : count) + kOutlierStep - 1) / kOutlierStep;
 
   if (warp >= kMathWarps) {
     keep_fewer_registers<72>();
@@ -188,10 +184,16 @@ __global__ void __launch_bounds__(kThreads, 1)
           for (int step = 0; step < steps; ++step) {
             bring(Layout::kStageBytes, maps.activations, token, maps.weight, row, step * kStep, box_row * kStep);
           }
-          if (masked) {
-            for (int step = 0; step < masked_steps; ++step) {
-              bring(Layout::kMaskedBytes, maps.values, token, maps.masked_weight, row, step * kMaskedStep,
-                    box_row * kMaskedStep);
+          if (kOutliers && tile == first_tile && count > 0 && !masked) {
+            wait_for_gathered(p);
+          }
+          for (int step = 0; step < outlier_steps; ++step) {
+            if (masked) {
+              bring(Layout::kMaskedBytes, maps.all_values, token, maps.all_codes, row, step * kOutlierStep,
+                    box_row * kOutlierStep);
+            } else {
+              bring(Layout::kStageBytes, maps.few_values, token, maps.few_codes, row, step * kOutlierStep,
+                    box_row * kStep);
             }
           }
         }
@@ -199,20 +201,18 @@ __global__ void __launch_bounds__(kThreads, 1)
       __syncwarp();
     } else {
       const int thread = static_cast<int>(threadIdx.x) - kMathThreads - kLanes;
-      RingPlace<kSlots> place, batch_place;
+      if constexpr (kOutliers) {
+        if (count > 0 && !masked) {
+          gather_outliers<T>(p, count, lane);
+        }
+      }
+      RingPlace<kSlots> place;
       for (int tile = first_tile; tile < tiles; tile += stride) {
         wait(read + place.slot, place.parity ^ 1);
         fetch_constants<kTokens, kRows>(constants + place.slot * Layout::kConstants, p, token_of(tile), row_of(tile),
                                         thread);
         arrive(known + place.slot);
         place.advance();
-        for (int first = 0; first < gathered_count; first += kBatch) {
-          wait(used + batch_place.slot, batch_place.parity ^ 1);
-          gather<T, kTokens, kRows>(shared + Layout::kBatches + batch_place.slot * Layout::kBatchBytes, p,
-                                    token_of(tile), row_of(tile), first, gathered_count, thread);
-          arrive(gathered + batch_place.slot);
-          batch_place.advance();
-        }
       }
       __syncwarp();
     }
@@ -224,7 +224,7 @@ __global__ void __launch_bounds__(kThreads, 1)
               group_row = Layout::kSharesTokens ? 0 : group * kGroupRows;
     const int own_token = group_token + warp % 4 * 16 + g;
     RingPlace<kStages> place;
-    RingPlace<kSlots> constants_place, batch_place;
+    RingPlace<kSlots> constants_place;
     for (int tile = first_tile; tile < tiles; tile += stride) {
       int sums[kGroupRows / 2];
       int held = 0;
@@ -260,57 +260,35 @@ __global__ void __launch_bounds__(kThreads, 1)
         for (int i = 0; i < kGroupRows / 2; ++i) {
           sums[i] = __float_as_int(__int2float_rn(sums[i]) * (token_scale[i % 4 / 2] * (1.0f / 127.0f)));
         }
-        if (masked) {
-          MaskedStages<T, kTokens, kRows> stages(p, token_of(tile), own);
+        MaskedStages<T, kTokens, kRows> stages(p, token_of(tile), own, masked);
+        const auto arrived_stage = [&](int step) {
           wait(full + place.slot, place.parity);
-          stages.make_operands(shared + place.slot * Layout::kStageBytes, 0);
+          if (masked) {
+            stages.make_operands(shared + place.slot * Layout::kStageBytes, step);
+          }
+        };
+        if (outlier_steps > 0) {
+          arrived_stage(0);
+        }
 #pragma unroll 1
-          for (int step = 0; step < masked_steps; ++step) {
-            const unsigned char* stage = shared + place.slot * Layout::kStageBytes;
-            const uint64_t left = tile_descriptor(stage + group_token * kStep);
-            const uint64_t right = tile_descriptor(stage + Layout::kTokenBytes + group_row * kStep);
-            begin_products();
+        for (int step = 0; step < outlier_steps; ++step) {
+          const unsigned char* stage = shared + place.slot * Layout::kStageBytes;
+          const uint64_t left = tile_descriptor(stage + group_token * kStep);
+          const uint64_t right = tile_descriptor(stage + Layout::kTokenBytes + group_row * kStep);
+          begin_products();
 #pragma unroll
-            for (int i = 0; i < kStep / 32; ++i) {
-              multiply_group<T>(sums, left + 2 * i, right + 2 * i, true);
-            }
-            commit_products();
-            held = place.slot;
-            place.advance();
-            // The next stage's operands, while the matrix units are at work.
-            if (step + 1 < masked_steps) {
-              wait(full + place.slot, place.parity);
-              stages.make_operands(shared + place.slot * Layout::kStageBytes, step + 1);
-            }
-            wait_for_products(sums);
-            release_stage<kCluster>(drained + held, lane);
+          for (int i = 0; i < kStep / 32; ++i) {
+            multiply_group<T>(sums, left + 2 * i, right + 2 * i, true);
           }
-        } else {
-          for (int first = 0; first < count; first += kBatch) {
-            const unsigned char* batch = shared + Layout::kBatches + batch_place.slot * Layout::kBatchBytes;
-            wait(gathered + batch_place.slot, batch_place.parity);
-            const auto pair_at = [&](int row, int pair) {
-              return *reinterpret_cast<const unsigned*>(batch + batch_offset(row, pair));
-            };
-            const unsigned values[4] = {pair_at(own_token, t), pair_at(own_token + 8, t), pair_at(own_token, t + 4),
-                                        pair_at(own_token + 8, t + 4)};
-#pragma unroll
-            for (int j = 0; j < kGroupRows / 8; ++j) {
-              const int row = kTokens + group_row + 8 * j + g;
-              float four[4];
-#pragma unroll
-              for (int i = 0; i < 4; ++i) {
-                four[i] = __int_as_float(sums[4 * j + i]);
-              }
-              multiply_tile<T>(four, values, pair_at(row, t), pair_at(row, t + 4));
-#pragma unroll
-              for (int i = 0; i < 4; ++i) {
-                sums[4 * j + i] = __float_as_int(four[i]);
-              }
-            }
-            arrive_as_warp(used + batch_place.slot, lane);
-            batch_place.advance();
+          commit_products();
+          held = place.slot;
+          place.advance();
+          // The next stage, while the matrix units are at work.
+          if (step + 1 < outlier_steps) {
+            arrived_stage(step + 1);
           }
+          wait_for_products(sums);
+          release_stage<kCluster>(drained + held, lane);
         }
       }
 #pragma unroll
@@ -359,18 +337,24 @@ void run(const Launch& launch, const Gemm8& p) {
   maps.activations = matrix_map(p.a, kByte, 1, p.m, p.k, kTokens, kStep, kSwizzle);
   maps.weight = matrix_map(p.b, kByte, 1, p.n, p.k, Layout::kBoxRows, kStep, kSwizzle);
   if constexpr (kOutliers) {
-    maps.values = matrix_map(p.values, CU_TENSOR_MAP_DATA_TYPE_UINT16, 2, p.m, p.k, kTokens, kMaskedStep, kSwizzle);
-    maps.masked_weight = matrix_map(p.b, kByte, 1, p.n, p.k, Layout::kBoxRows, kMaskedStep);
+    constexpr auto kTwoBytes = CU_TENSOR_MAP_DATA_TYPE_UINT16;
+    const T* gathered = static_cast<const T*>(p.gathered);
+    maps.few_values = matrix_map(gathered + p.n * p.room, kTwoBytes, 2, p.m, p.room, kTokens, kOutlierStep, kSwizzle);
+    maps.few_codes = matrix_map(gathered, kTwoBytes, 2, p.n, p.room, Layout::kBoxRows, kOutlierStep, kSwizzle);
+    maps.all_values = matrix_map(p.values, kTwoBytes, 2, p.m, p.k, kTokens, kOutlierStep, kSwizzle);
+    maps.all_codes = matrix_map(p.b, kByte, 1, p.n, p.k, Layout::kBoxRows, kOutlierStep);
   }
   const Problem problem{static_cast<int>(p.m),
                         static_cast<int>(p.n),
                         static_cast<int>(p.k),
+                        static_cast<int>(p.room),
                         p.a_absmax,
                         p.b_absmax,
                         p.values,
                         p.cleared ? nullptr : p.a,
                         p.b,
                         p.outliers,
+                        p.gathered,
                         p.bias,
                         p.bias_dtype};
   const int64_t tiles = ceil_div(p.n, kRows) * ceil_div(p.m, kTokens * kCluster);
@@ -422,6 +406,10 @@ void run_tile(int chosen, const Launch& launch, const Gemm8& p) {
 }
 
 }  // namespace
+
+int64_t gathered_room(int64_t k) {
+  return ceil_div(ceil_div(k, kGatheredShare), kGatheredMultiple) * kGatheredMultiple;
+}
 
 void int8_gemm_groups(const Launch& launch, const Gemm8& p) {
   const int chosen = cheapest_tile(p.m, p.n, launch.processors());

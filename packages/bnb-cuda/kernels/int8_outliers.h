@@ -1,135 +1,133 @@
-// How outlier columns come into the tiles of int8_gemm_groups.cu.
+// How outlier columns come into the tiles of int8_gemm_groups.cu: as stages of 64 columns of 16-bit numbers, in which
+// both values and codes are exact.
 //
-// A few are gathered, in batches of 16, by warps beside those that multiply. Many, which would be gathered one load at
-// a time, are multiplied where they lie: the copy engine brings all columns of the activations and codes of the weight,
-// 64 per stage, and the warps that multiply them first clear the others and make the codes 16-bit numbers.
+// Up to as many as the caller has memory for, warps with nothing else to do put them side by side while the integers
+// are multiplied. They take rows as they get to them, and each has its rows done before it waits for anything: no
+// thread block depends on one that has not begun. More columns are multiplied where they lie: the copy engine brings
+// all columns of the activations and codes of the weight, and the warps that multiply first clear the columns without
+// an outlier and widen the codes.
 //
 // Where the integers contain the outlier columns too, what is multiplied of a value is the rest that its code leaves:
 // the value itself for an outlier, whose code is 0, and next to nothing for others.
 #pragma once
 
 #include "int8_gemm.h"
+#include "tensor_map.h"
 #include "wgmma.h"
 
 #ifndef BNB_HIP
 
 namespace bnb_gpu {
 
-constexpr int kBatch = 16;               // outlier columns of one product
-constexpr int kBatchPitch = 2 * kBatch;  // bytes of a row of a batch
 constexpr int kMathGroups = 2;
 constexpr int kMathThreads = kMathGroups * kGroupThreads;
-constexpr int kGatherThreads = kGroupThreads - kLanes;
+// Columns of a stage of outliers, whose rows have 128 bytes.
+constexpr int kOutlierStep = kSwizzledRowBytes / 2;
+static_assert(kGatheredMultiple % kOutlierStep == 0, "gathered columns fill stages");
+// The named barrier of the warps that multiply.
+constexpr int kMathBarrier = 1;
 
 struct Problem {
-  int m, n, k;
+  int m, n, k, room;
   const float* a_absmax;
   const float* b_absmax;
   const void* values;
   const int8_t* token_codes;  // null if they are 0 in the outlier columns
   const int8_t* codes;
   Outliers outliers;
+  void* gathered;
   const void* bias;
   int bias_dtype;
 };
 
-// Offset in bytes of a pair of values in a batch: 16-byte halves of rows swapped so that eight rows use all banks.
-__device__ __forceinline__ int batch_offset(int row, int pair) {
-  return row * kBatchPitch + ((pair / 4) ^ ((row >> 2) & 1)) * 16 + pair % 4 * 4;
-}
+constexpr int kGatherWarps = kGroupThreads / kLanes - 1;
+// Values of which each lane has the loads under way.
+constexpr int kGatheredAtOnce = 16;
 
-// Gathers `kAtOnce` times a pair of outlier columns in rows of one of the matrices; the loads of all of them are under
-// way before the first is needed. `pair_at` loads: of a row and two columns.
-template <int kRows, int kAtOnce, class PairAt>
-__device__ __forceinline__ void gather_rows(unsigned char* batch, int first_row, int rows, int own_column, int columns,
-                                            int thread, PairAt&& pair_at) {
-  const int pairs = (columns + 1) / 2, items = kRows * pairs;
-  // As often in all lanes, which tell each other the columns.
-  for (int begin = 0; begin < items; begin += kAtOnce * kGatherThreads) {
-    decltype(pair_at(0, 0, 0)) loaded[kAtOnce];
+// How the rows of both matrices are handed out: in as many chunks as there are warps, if all begin at once.
+struct GatherPlan {
+  int rows, weight_chunks, chunks;
+
+  __device__ __forceinline__ explicit GatherPlan(const Problem& p) {
+    const int warps = static_cast<int>(gridDim.x) * kGatherWarps;
+    rows = (p.n + p.m + warps - 1) / warps;
+    weight_chunks = (p.n + rows - 1) / rows;
+    chunks = weight_chunks + (p.m + rows - 1) / rows;
+  }
+};
+
+// Writes the outlier columns of `rows` rows, up to the end of a stage. `load`: of a row and a column.
+template <class T, class Load>
+__device__ __forceinline__ void gather_rows(T* out, const Problem& p, int count, int rows, int lane, Load&& load) {
+  constexpr int kPerVector = 16 / sizeof(T), kVectors = kOutlierStep / kPerVector;
+  const int whole = count / kOutlierStep * kOutlierStep;
+  for (int i = lane; count > whole && i < rows * kVectors; i += kLanes) {
+    T* to = out + static_cast<int64_t>(i / kVectors) * p.room + whole + i % kVectors * kPerVector;
+    *reinterpret_cast<uint4*>(to) = make_uint4(0, 0, 0, 0);
+  }
+  __syncwarp();
+  // A power of two of places for each row, so that no index is a quotient.
+  const int shift = count > 1 ? kLanes - __clz(count - 1) : 0, mask = (1 << shift) - 1, items = rows << shift;
+  for (int begin = lane; begin < items; begin += kGatheredAtOnce * kLanes) {
+    T values[kGatheredAtOnce];
 #pragma unroll
-    for (int u = 0; u < kAtOnce; ++u) {
-      const int item = min(begin + u * kGatherThreads + thread, items - 1), pair = item % pairs;
-      const int left = shuffle(own_column, 2 * pair), right = shuffle(own_column, min(2 * pair + 1, columns - 1));
-      loaded[u] = pair_at(min(item / pairs, rows - 1), left, right);
+    for (int u = 0; u < kGatheredAtOnce; ++u) {
+      const int item = min(begin + u * kLanes, items - 1);
+      values[u] = load(item >> shift, p.outliers.columns[min(item & mask, count - 1)]);
     }
 #pragma unroll
-    for (int u = 0; u < kAtOnce; ++u) {
-      const int item = begin + u * kGatherThreads + thread;
-      if (item < items) {
-        const int row = item / pairs, pair = item % pairs;
-        const unsigned both = row < rows ? loaded[u].pack() : 0u;
-        *reinterpret_cast<unsigned*>(batch + batch_offset(first_row + row, pair)) =
-            2 * pair + 1 < columns ? both : both & 0xffffu;
+    for (int u = 0; u < kGatheredAtOnce; ++u) {
+      const int item = begin + u * kLanes;
+      if (item < items && (item & mask) < count) {
+        out[static_cast<int64_t>(item >> shift) * p.room + (item & mask)] = values[u];
       }
     }
   }
 }
 
-// Two values of a row of activations with what their codes stand for, and two codes of a row of the weight.
-template <class T, bool kCoded>
-struct ValuePair {
-  T values[2];
-  int8_t codes[2];
-  float absmax;
-
-  __device__ __forceinline__ unsigned pack() const {
-    const float scale = absmax * (1.0f / 127.0f);
-    return kCoded ? pack_pair<T>(to_float(values[0]) - codes[0] * scale, to_float(values[1]) - codes[1] * scale)
-                  : pack_pair<T>(to_float(values[0]), to_float(values[1]));
-  }
-};
-
+// Puts outlier columns side by side, of the weight and of the activations, until nobody has anything left to do.
 template <class T>
-struct CodePair {
-  int8_t codes[2];
-
-  __device__ __forceinline__ unsigned pack() const { return pack_pair<T>(codes[0], codes[1]); }
-};
-
-// Gathers one batch of outlier columns: rows of the activations, then of the weight's codes; zeros beyond the end.
-template <class T, int kTokens, int kRows>
-__device__ __forceinline__ void gather(unsigned char* batch, const Problem& p, int first_token, int first_row,
-                                       int first, int count, int thread) {
-  const int columns = min(kBatch, count - first), lane = thread % kLanes;
-  const int own_column = lane < columns ? p.outliers.columns[first + lane] : 0;
-  // Pairs of columns that the batch does not have.
-  const int pairs = (columns + 1) / 2, absent = kBatch / 2 - pairs;
-  for (int i = thread; i < (kTokens + kRows) * absent; i += kGatherThreads) {
-    *reinterpret_cast<unsigned*>(batch + batch_offset(i / absent, pairs + i % absent)) = 0u;
+__device__ __forceinline__ void gather_outliers(const Problem& p, int count, int lane) {
+  int* taken = p.outliers.count + 1;
+  int* done = p.outliers.count + 2;
+  const GatherPlan plan(p);
+  const T* values = static_cast<const T*>(p.values);
+  T* gathered = static_cast<T*>(p.gathered);
+  while (true) {
+    const int chunk = shuffle(lane == 0 ? atomicAdd(taken, 1) : 0, 0);
+    if (chunk >= plan.chunks) {
+      return;
+    }
+    const bool of_weight = chunk < plan.weight_chunks;
+    const int first = (of_weight ? chunk : chunk - plan.weight_chunks) * plan.rows;
+    const int rows = min(plan.rows, (of_weight ? p.n : p.m) - first);
+    const auto place_of = [&](int row, int column) { return static_cast<int64_t>(first + row) * p.k + column; };
+    if (of_weight) {
+      gather_rows(gathered + static_cast<int64_t>(first) * p.room, p, count, rows, lane,
+                  [&](int row, int column) { return from_float<T>(p.codes[place_of(row, column)]); });
+    } else {
+      gather_rows(
+          gathered + static_cast<int64_t>(p.n + first) * p.room, p, count, rows, lane, [&](int row, int column) {
+            const float code = p.token_codes == nullptr ? 0.0f : p.token_codes[place_of(row, column)];
+            return from_float<T>(
+                __fmaf_rn(-code, p.a_absmax[first + row] * (1.0f / 127.0f), to_float(values[place_of(row, column)])));
+          });
+    }
+    publish_to_copy_engine();
+    __syncwarp();
+    if (lane == 0) {
+      __threadfence();
+      atomicAdd(done, 1);
+    }
   }
-  const T* values = static_cast<const T*>(p.values) + static_cast<int64_t>(first_token) * p.k;
-  const int8_t* token_codes = p.token_codes + static_cast<int64_t>(first_token) * p.k;
-  const int tokens = min(kTokens, p.m - first_token);
-  if (p.token_codes != nullptr) {
-    gather_rows<kTokens, 2>(batch, 0, tokens, own_column, columns, thread, [&](int row, int left, int right) {
-      const int64_t from = static_cast<int64_t>(row) * p.k;
-      return ValuePair<T, true>{{values[from + left], values[from + right]},
-                                {token_codes[from + left], token_codes[from + right]},
-                                p.a_absmax[first_token + row]};
-    });
-  } else {
-    gather_rows<kTokens, 2>(batch, 0, tokens, own_column, columns, thread, [&](int row, int left, int right) {
-      const int64_t from = static_cast<int64_t>(row) * p.k;
-      return ValuePair<T, false>{{values[from + left], values[from + right]}, {}, 0.0f};
-    });
-  }
-  const int8_t* codes = p.codes + static_cast<int64_t>(first_row) * p.k;
-  gather_rows<kRows, 4>(batch, kTokens, min(kRows, p.n - first_row), own_column, columns, thread,
-                        [&](int row, int left, int right) {
-                          const int64_t from = static_cast<int64_t>(row) * p.k;
-                          return CodePair<T>{{codes[from + left], codes[from + right]}};
-                        });
 }
 
-// Columns of a stage where many are multiplied in place; values and widened codes fill rows of 128 bytes.
-constexpr int kMaskedStep = kSwizzledRowBytes / 2;
-// The named barrier of the warps that multiply.
-constexpr int kMathBarrier = 1;
-
-// Whether outlier columns are multiplied in place rather than gathered.
-__device__ __forceinline__ bool are_masked(const Problem& p, int count) {
-  return are_many(p.outliers, count, p.k, kGatheredShare);
+// Until all outlier columns lie side by side, for the copy engine to see.
+__device__ __forceinline__ void wait_for_gathered(const Problem& p) {
+  const int chunks = GatherPlan(p).chunks;
+  while (load_acquiring(p.outliers.count + 2) < chunks) {
+  }
+  publish_to_copy_engine();
 }
 
 // A thread's share in making operands of the stages of a tile. The copy engine brings values of the activations as the
@@ -137,10 +135,13 @@ __device__ __forceinline__ bool are_masked(const Problem& p, int count) {
 template <class T, int kTokens, int kRows>
 class MaskedStages {
  public:
-  // `first_token`: of the tile; `absmax`: of its rows of activations, in shared memory.
-  __device__ __forceinline__ MaskedStages(const Problem& p, int first_token, const float* absmax)
+  // `first_token`: of the tile; `absmax`: of its rows of activations, in shared memory. `used`: or there are no such
+  // stages.
+  __device__ __forceinline__ MaskedStages(const Problem& p, int first_token, const float* absmax, bool used)
       : p_(p), first_token_(first_token), absmax_(absmax) {
-    fetch(0);
+    if (used) {
+      fetch(0);
+    }
   }
 
   // All threads that multiply call this for stage `step`, which has arrived.
@@ -184,7 +185,7 @@ class MaskedStages {
 
   // Masks and codes of this thread's eight columns of a stage, ahead of their use.
   __device__ __forceinline__ void fetch(int step) {
-    const int column = step * kMaskedStep + threadIdx.x % kPieces * 8;
+    const int column = step * kOutlierStep + threadIdx.x % kPieces * 8;
     const unsigned flags = column < p_.k ? p_.outliers.flags[column / 32] >> (column % 32) & 0xffu : 0u;
     mask_ = make_uint4(pair_mask(flags), pair_mask(flags >> 2), pair_mask(flags >> 4), pair_mask(flags >> 6));
 #pragma unroll
@@ -199,15 +200,10 @@ class MaskedStages {
 
   // What the codes leave of eight values, 0 in columns without an outlier.
   __device__ __forceinline__ uint4 rest_of(uint4 values, uint2 codes, float scale) const {
-    return make_uint4(rest_of<0>(values.x, codes.x, scale) & mask_.x, rest_of<1>(values.y, codes.x, scale) & mask_.y,
-                      rest_of<0>(values.z, codes.y, scale) & mask_.z, rest_of<1>(values.w, codes.y, scale) & mask_.w);
-  }
-
-  template <int kHalf>
-  static __device__ __forceinline__ unsigned rest_of(unsigned values, unsigned codes, float scale) {
-    const float2 pair = unpack_pair<T>(values);
-    return pack_pair<T>(__fmaf_rn(-code_value<2 * kHalf>(codes), scale, pair.x),
-                        __fmaf_rn(-code_value<2 * kHalf + 1>(codes), scale, pair.y));
+    return make_uint4(rest_of_codes<T, 0>(values.x, codes.x, scale) & mask_.x,
+                      rest_of_codes<T, 1>(values.y, codes.x, scale) & mask_.y,
+                      rest_of_codes<T, 0>(values.z, codes.y, scale) & mask_.z,
+                      rest_of_codes<T, 1>(values.w, codes.y, scale) & mask_.w);
   }
 
   static __device__ __forceinline__ uint4 widened(unsigned first, unsigned second) {

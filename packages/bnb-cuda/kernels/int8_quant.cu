@@ -164,7 +164,7 @@ void quantize(const Launch& launch, const T* x, int64_t rows, int64_t columns, f
 void prepare(const Launch& launch, const Outliers& outliers, int64_t rows, int64_t columns) {
   check(gpuMemsetAsync(outliers.flags, 0, (ceil_div(columns, 32) + 1) * 4, launch.stream()), kQuantization);
   if (rows == 0) {
-    check(gpuMemsetAsync(outliers.count, 0, 4, launch.stream()), kQuantization);
+    check(gpuMemsetAsync(outliers.count, 0, 3 * sizeof(int), launch.stream()), kQuantization);
   }
 }
 

@@ -79,7 +79,8 @@ __device__ void list_columns(WordOf&& word_of, int64_t words, int* __restrict__ 
     __syncthreads();
   }
   if (threadIdx.x == 0) {
-    *count = total;
+    count[0] = total;
+    count[1] = count[2] = 0;
   }
 }
 

@@ -71,8 +71,9 @@ void gemv_4bit(const Launch&, const Gemm4&, const float* code);
 
 // --- int8_quant*.cu ---------------------------------------------------------------------------------
 // Outlier columns of a matrix, found on the device. `flags` has one bit per column and a word that counts
-// (ceil(columns / 32) + 1 words, zeroed by quantize_rows); `columns` lists the set bits in ascending order, `count`
-// their number. Products take columns that anybody has listed, without flags, too.
+// (ceil(columns / 32) + 1 words, zeroed by quantize_rows); `columns` lists the set bits in ascending order. `count` has
+// their number and two words that are 0, by which a product hands out work to its thread blocks. Products take columns
+// that anybody has listed, without flags, too, and each needs words of its own.
 struct Outliers {
   unsigned* flags;
   int* columns;
@@ -102,7 +103,11 @@ struct Gemm8 {
   const void* values;  // (m, k) of `dtype`, with outliers
   Outliers outliers;   // null pointers without
   bool cleared;        // whether `a` has code 0 in the outlier columns; only int8_gemm_groups takes others
-  const void* bias;    // n values of `bias_dtype`, or null
+  // Only for int8_gemm_groups with outliers: memory of `dtype` for `room` outlier columns of b and of `values`, side by
+  // side, a matrix (n + m, room). More columns than that it finds by the flags; lists without flags have room for all.
+  void* gathered;
+  int64_t room;
+  const void* bias;  // n values of `bias_dtype`, or null
   int bias_dtype;
   void* out;  // (m, n)
   int dtype;
@@ -114,6 +119,9 @@ void int8_gemm_few(const Launch&, const Gemm8&);    // up to 16 rows
 void int8_gemm_tiles(const Launch&, const Gemm8&);  // any number of rows
 // The same on compute capability 9.0, float16 or bfloat16.
 void int8_gemm_groups(const Launch&, const Gemm8&);
+// `room` is a multiple of this. For lists with flags it shall be what `gathered_room` says.
+constexpr int kGatheredMultiple = 64;
+int64_t gathered_room(int64_t k);
 // The same from the integer product (m, n), computed elsewhere.
 void int8_finish(const Launch&, const int32_t* product, const Gemm8&);
 

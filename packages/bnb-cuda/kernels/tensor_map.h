@@ -81,6 +81,13 @@ __device__ __forceinline__ void copy_box(void* to, const CUtensorMap& map, int c
 #endif
 }
 
+// Makes this thread's writes to global memory visible to the copy engine, or lets it see what this thread sees.
+__device__ __forceinline__ void publish_to_copy_engine() {
+#if BNB_BULK_COPIES
+  asm volatile("fence.proxy.async.global;" ::: "memory");
+#endif
+}
+
 // Has the copy engine read a description ahead of its first use.
 __device__ __forceinline__ void prefetch_map(const CUtensorMap& map) {
 #if BNB_BULK_COPIES

@@ -49,8 +49,10 @@ def relative_error(result, truth):
 @pytest.mark.parametrize(("n", "k"), [(64, 128), (100, 272), (77, 1104), (4100, 1088), (512, 4096), (14336, 512)])
 def test_any_number_of_outlier_columns(n, k, dtype):
     codes, absmax, weight = weight_of(n, k)
-    # On both sides of the numbers from which on they are multiplied in place.
-    for columns in (k // 128, k // 128 + 1, k // 32, k // 32 + 1, k // 2, k):
+    # On both sides of the numbers from which on they are multiplied in place, and of one stage of a product.
+    room = -(-k // 1024) * 64
+    numbers = {1, k // 128, k // 128 + 1, 64, 65, room, room + 1, k // 2, k}
+    for columns in sorted(number for number in numbers if number <= k):
         for rows in ROWS:
             x = activations(rows, k, columns, dtype)
             truth, listed = expected(x, weight)

@@ -5,7 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bnb_cuda.tuning import MOST_SPLIT, Int8Path, Path, fits_matrix_units, plan_gemm_4bit, plan_int8, split_of
+from bnb_cuda.tuning import (
+    GATHERED_MULTIPLE,
+    MOST_SPLIT,
+    Int8Path,
+    Path,
+    fits_matrix_units,
+    plan_gemm_4bit,
+    plan_int8,
+    split_of,
+)
 
 HOPPER, AMPERE, TURING = 90, 80, 75
 PROCESSORS = 132
@@ -106,6 +115,8 @@ def test_int8_paths():
     assert plan_int8(1, 4096, half, False, 90) is Int8Path.LIBRARY
 
 
-def test_the_module_has_clusters_as_wide():
+def test_the_module_counts_alike():
     native = pytest.importorskip("bnb_cuda._C", reason="the native module bnb_cuda._C is not built")
     assert native.MOST_SPLIT == MOST_SPLIT
+    assert native.GATHERED_MULTIPLE == GATHERED_MULTIPLE
+    assert all(native.gathered_room(k) % GATHERED_MULTIPLE == 0 for k in range(16, 20000, 16))

@@ -3,6 +3,7 @@
 from typing import Any
 
 MOST_SPLIT: int
+GATHERED_MULTIPLE: int
 OPTIMIZER_COLUMNS: int
 OPTIMIZER_RULES: int
 
@@ -145,6 +146,7 @@ def int8_dequantize_rows(
     device: int, stream: int, codes: int, absmax: int, rows: int, columns: int, out: int, dtype: int, /
 ) -> None: ...
 def int8_gemm_fits(n: int, k: int, capability: int, /) -> bool: ...
+def gathered_room(k: int, /) -> int: ...
 def int8_gemm(
     path: int,
     device: int,
@@ -162,6 +164,8 @@ def int8_gemm(
     listed: int,
     count: int,
     cleared: bool,
+    gathered: int,
+    room: int,
     bias: int,
     bias_dtype: int,
     out: int,
@@ -184,6 +188,8 @@ def int8_linear(
     listed: int,
     count: int,
     cleared: bool,
+    gathered: int,
+    room: int,
     b: int,
     b_absmax: int,
     bias: int,

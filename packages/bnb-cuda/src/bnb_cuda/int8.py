@@ -5,7 +5,6 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from functools import cache
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, empty
@@ -23,18 +22,8 @@ from bnb_cuda.arguments import (
     rows_of,
     stream_of,
 )
+from bnb_cuda.int8_outliers import Outliers, flag_words, gathered_buffer, outlier_addresses, outlier_buffers
 from bnb_cuda.tuning import LIBRARY_MULTIPLE, Int8Path, plan_int8
-
-
-class Outliers(NamedTuple):
-    """Outlier columns on the device: their list, which has room for all columns, their number, and a bit per column.
-
-    Lists that callers made have no flags.
-    """
-
-    columns: Tensor
-    number: Tensor
-    flags: Tensor | None = None
 
 
 def quantize_rows(A: Tensor, threshold: float, cleared: bool = True) -> tuple[Tensor, Tensor, Outliers | None]:
@@ -45,7 +34,7 @@ def quantize_rows(A: Tensor, threshold: float, cleared: bool = True) -> tuple[Te
     rows, width, device = rows_of(A), A.shape[-1], A.device
     codes = empty(A.shape, dtype=torch.int8, device=device)
     absmax = empty(rows, dtype=torch.float32, device=device)
-    outliers = _outlier_buffers(width, threshold, device)
+    outliers = outlier_buffers(width, threshold, device)
     _C.int8_quantize_rows(
         device.index,
         stream_of(device.index),
@@ -56,36 +45,15 @@ def quantize_rows(A: Tensor, threshold: float, cleared: bool = True) -> tuple[Te
         threshold,
         codes.data_ptr(),
         absmax.data_ptr(),
-        *_outlier_addresses(outliers),
+        *outlier_addresses(outliers),
         cleared,
     )
     return codes, absmax, outliers
 
 
-def flag_words(width: int) -> int:
-    """Words of 32 bits of the flags of so many columns, and one that counts."""
-    return -(-width // 32) + 1
-
-
-def _outlier_buffers(width: int, threshold: float, device: torch.device) -> Outliers | None:
-    if threshold <= 0.0:
-        return None
-    flags = empty(flag_words(width), dtype=torch.int32, device=device)
-    columns = empty(width, dtype=torch.int32, device=device)
-    # Without a column there is no kernel that would count.
-    count = torch.zeros(1, dtype=torch.int32, device=device) if width == 0 else flags.new_empty(1)
-    return Outliers(columns, count, flags)
-
-
-def _outlier_addresses(outliers: Outliers | None) -> tuple[int, int, int]:
-    if outliers is None:
-        return 0, 0, 0
-    return address(outliers.flags), outliers.columns.data_ptr(), outliers.number.data_ptr()
-
-
 def _listed(outliers: Outliers | None) -> Tensor | None:
     """The outlier columns as the op returns them; their number makes the host wait."""
-    return None if outliers is None else outliers.columns[: int(outliers.number)].long()
+    return None if outliers is None else outliers.columns[: int(outliers.number[0])].long()
 
 
 def int8_vectorwise_quant(A: Tensor, threshold: float = 0.0) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -102,7 +70,7 @@ def int8_double_quant(A: Tensor, threshold: float = 0.0) -> tuple[Tensor, Tensor
     column_codes = empty(A.shape, dtype=torch.int8, device=device)
     row_absmax = empty(rows, dtype=torch.float32, device=device)
     column_absmax = empty(width, dtype=torch.float32, device=device)
-    outliers = _outlier_buffers(width, threshold, device)
+    outliers = outlier_buffers(width, threshold, device)
     _C.int8_double_quantize(
         device.index,
         stream_of(device.index),
@@ -115,7 +83,7 @@ def int8_double_quant(A: Tensor, threshold: float = 0.0) -> tuple[Tensor, Tensor
         column_codes.data_ptr(),
         row_absmax.data_ptr(),
         column_absmax.data_ptr(),
-        *_outlier_addresses(outliers),
+        *outlier_addresses(outliers),
     )
     return row_codes, column_codes, row_absmax, column_absmax, _listed(outliers)
 
@@ -208,8 +176,9 @@ def int8_mixed_scaled_mm(
     outliers = A.reshape(rows_of(A), A.shape[-1])[:, outlier_cols]
     columns = outlier_cols.reshape(-1)
     columns = torch.where(columns < 0, columns + A.shape[-1], columns).int()
-    count = torch.full((1,), columns.numel(), dtype=torch.int32, device=A.device)
-    return scaled_product(CA, CB, SCA, SCB, A, Outliers(columns, count), bias, A.dtype), outliers
+    number = columns.new_zeros(3)
+    number[0] = columns.numel()
+    return scaled_product(CA, CB, SCA, SCB, A, Outliers(columns, number), bias, A.dtype), outliers
 
 
 def int8_linear(A: Tensor, CB: Tensor, SCB: Tensor, threshold: float = 0.0, bias: Tensor | None = None) -> Tensor:
@@ -272,6 +241,7 @@ def _multiply(
     cleared: bool = True,
 ) -> None:
     bias, device = plain_or_none(bias), out.device.index
+    gathered, room = gathered_buffer(outliers, m + n, k, out) if path == Int8Path.GROUPS.value else (None, 0)
     _C.int8_gemm(
         path,
         device,
@@ -285,8 +255,10 @@ def _multiply(
         row_stats.data_ptr(),
         col_stats.data_ptr(),
         address(values),
-        *_outlier_addresses(outliers),
+        *outlier_addresses(outliers),
         cleared,
+        address(gathered),
+        room,
         address(bias),
         dtype_number(bias),
         out.data_ptr(),
@@ -311,9 +283,10 @@ def bind_int8_linear(
     weight_of = weakref.ref(CB)
     # Sizes that the library takes without a copy of the weight.
     whole = n % LIBRARY_MULTIPLE == 0 and k % LIBRARY_MULTIPLE == 0
-    # Room for flags, list and number of the outlier columns.
+    # Room for flags, list and number of the outlier columns, the last with two words more.
     flag_bytes = flag_words(k) * 4
-    outlier_bytes = flag_bytes + (k + 1) * 4 if threshold > 0.0 else 0
+    outlier_bytes = flag_bytes + (k + 3) * 4 if threshold > 0.0 else 0
+    room = _C.gathered_room(k) if threshold > 0.0 else 0
 
     def run(A: Tensor) -> Tensor | None:
         rows, dtype = rows_of(A), A.dtype
@@ -326,8 +299,11 @@ def bind_int8_linear(
             return None
         A = A if is_plain(A) else plain(A)
         out = empty((*A.shape[:-1], n), dtype=dtype, device=device)
-        space = empty(rows * (k + 4) + outlier_bytes, dtype=torch.uint8, device=device)
-        codes, values, number = space.data_ptr(), A.data_ptr(), DTYPES[dtype]
+        # Outlier columns side by side come first, for their alignment.
+        gathered_bytes = (n + rows) * room * 2 if path is Int8Path.GROUPS else 0
+        space = empty(gathered_bytes + rows * (k + 4) + outlier_bytes, dtype=torch.uint8, device=device)
+        gathered, values, number = space.data_ptr(), A.data_ptr(), DTYPES[dtype]
+        codes = gathered + gathered_bytes
         absmax = codes + rows * k
         flags = columns = count = 0
         if outlier_bytes:
@@ -352,6 +328,8 @@ def bind_int8_linear(
                 columns,
                 count,
                 cleared,
+                gathered,
+                room,
                 weight,
                 weight_absmax,
                 bias_address,
@@ -381,6 +359,8 @@ def bind_int8_linear(
             columns,
             count,
             cleared,
+            0,
+            0,
             bias_address,
             bias_dtype,
             out.data_ptr(),
