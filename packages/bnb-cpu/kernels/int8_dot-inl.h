@@ -6,12 +6,15 @@
 namespace bnb_cpu {
 namespace BNB_ISA {
 
+// Each kind says how many rows of activations share the registers (kActs), and up to how many are multiplied here
+// (kRows): each kActs of them read the weight again, which costs less than the panels of int8_gemm-inl.h.
 #if defined(BNB_AVX512VNNI)
 // The dot product takes unsigned by signed bytes: weights get 128 added (the sign bit flipped), and 128
 // times the sum of the activations is subtracted at the end.
 struct Int8Dot {
   using Word = int8_t;
   static constexpr int kStep = 64;
+  static constexpr int kActs = 8;
   static constexpr int kRows = 8;
 
   static int32_t correction(const int8_t* from, int64_t width) {
@@ -37,7 +40,8 @@ struct Int8Dot {
 struct Int8Dot {
   using Word = int16_t;
   static constexpr int kStep = 2 * kLanes;
-  static constexpr int kRows = kLanes == 16 ? 8 : 4;
+  static constexpr int kActs = kLanes == 16 ? 8 : 4;
+  static constexpr int kRows = kLanes == 16 ? 8 : 12;
 #if defined(__AVX512F__)
   using Words = __m512i;
   static Words weights(const int8_t* p) {
@@ -69,18 +73,19 @@ struct Int8Dot {
 struct Int8Dot {
   using Word = int8_t;
   static constexpr int kStep = 1;
+  static constexpr int kActs = 4;
   static constexpr int kRows = 4;
 
   static int32_t correction(const int8_t*, int64_t) { return 0; }
 };
 #endif
 
-// Activations as they are used: step 0 of all rows, then step 1, and so on, with zeros behind the last element.
-template <int kActs>
-void arrange_int8(const int8_t* from, int64_t width, int m, Int8Dot::Word* out) {
+// Row m of `acts` rows of activations as they are used: step 0 of all rows, then step 1, and so on, with zeros behind
+// the last element.
+BNB_FN void arrange_int8(const int8_t* from, int64_t width, int64_t m, int64_t acts, Int8Dot::Word* out) {
   constexpr int kStep = Int8Dot::kStep;
   for (int64_t k = 0; k < width; k += kStep) {
-    Int8Dot::Word* const to = out + k * kActs + m * kStep;
+    Int8Dot::Word* const to = out + k * acts + m * kStep;
     const int64_t count = min_of(kStep, width - k);
     for (int64_t i = 0; i < count; ++i) {
       to[i] = from[k + i];
@@ -169,40 +174,56 @@ BNB_FN void add_up(const Int8Total* totals, int64_t count, int32_t* sums) {
 }
 #endif
 
-// store(row, count, m, sums) takes the products of `count` weight rows, up to kInt8Block, with row m of `a`.
-template <int kActs, class Store>
-void multiply_int8_few(const int8_t* a, const int8_t* b, int64_t rows, int64_t width, int threads, const Store& store) {
-  using Word = Int8Dot::Word;
+// dot_int8 for `rows` weight rows, up to kInt8Block.
+template <int kActs>
+void dot_int8_block(const int8_t* weight, int64_t rows, int64_t width, int64_t k, int64_t count,
+                    const Int8Dot::Word* acts, Int8Total* totals) {
   constexpr int kWeights = kActs <= 4 && kLanes == 16 ? 4 : 2;
-  // A stretch of the activations takes at most half of a first-level cache of 32 KiB.
-  constexpr int64_t kStretch = 16384 / (kActs * static_cast<int64_t>(sizeof(Word))) / Int8Dot::kStep * Int8Dot::kStep;
-  const int64_t words = kActs * round_up(width, Int8Dot::kStep);
-  Scratch scratch(Scratch::bytes_for<Word>(words));
-  Word* const acts = scratch.take<Word>(words);
-  uint32_t corrections[kActs];
-  for (int m = 0; m < kActs; ++m) {
-    arrange_int8<kActs>(a + m * width, width, m, acts);
+  int64_t r = 0;
+  for (; r + kWeights <= rows; r += kWeights) {
+    dot_int8<kWeights, kActs>(weight + r * width, width, k, count, acts, totals + r);
+  }
+  for (; r < rows; ++r) {
+    dot_int8<1, kActs>(weight + r * width, width, k, count, acts, totals + r);
+  }
+}
+
+// Up to Int8Dot::kRows rows of `a`, in groups of Int8Dot::kActs. store(row, count, m, sums) takes the products of
+// `count` rows of `b`, up to kInt8Block, with row m of `a`.
+template <class Store>
+void multiply_int8_few(const int8_t* a, int64_t a_rows, const int8_t* b, int64_t rows, int64_t width, int threads,
+                       const Store& store) {
+  using Word = Int8Dot::Word;
+  constexpr int64_t kActs = Int8Dot::kActs;
+  // A stretch of the activations takes at most half of a first-level cache of 32 KiB. With more than one group this
+  // also leaves room for the block of weights, which each group reads again.
+  const int64_t stretch = 16384 / (a_rows * static_cast<int64_t>(sizeof(Word))) / Int8Dot::kStep * Int8Dot::kStep;
+  const int64_t padded = round_up(width, Int8Dot::kStep);
+  Scratch scratch(Scratch::bytes_for<Word>(a_rows * padded));
+  Word* const acts = scratch.take<Word>(a_rows * padded);
+  uint32_t corrections[Int8Dot::kRows];
+  for (int64_t m = 0; m < a_rows; ++m) {
+    const int64_t first = m / kActs * kActs;
+    arrange_int8(a + m * width, width, m - first, min_of(kActs, a_rows - first), acts + first * padded);
     corrections[m] = static_cast<uint32_t>(Int8Dot::correction(a + m * width, width));
   }
-  const int64_t units = ceil_divide(rows, kInt8Block), parts = parts_of(threads, units, rows * width * kActs);
+  const int64_t units = ceil_divide(rows, kInt8Block), parts = parts_of(threads, units, rows * width * a_rows);
   parallel_parts(parts, units, [&](int64_t, int64_t begin, int64_t end) {
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t first = unit * kInt8Block, count = min_of(kInt8Block, rows - first);
-      Int8Total totals[kInt8Block * kActs];
-      memset(static_cast<void*>(totals), 0, sizeof totals);
-      for (int64_t k = 0; k < width; k += kStretch) {
-        const int64_t here = min_of(kStretch, width - k);
-        int64_t r = 0;
-        for (; r + kWeights <= count; r += kWeights) {
-          dot_int8<kWeights, kActs>(b + (first + r) * width, width, k, here, acts, totals + r);
-        }
-        for (; r < count; ++r) {
-          dot_int8<1, kActs>(b + (first + r) * width, width, k, here, acts, totals + r);
+      Int8Total totals[kInt8Block * Int8Dot::kRows];
+      memset(static_cast<void*>(totals), 0, static_cast<size_t>(kInt8Block * a_rows) * sizeof *totals);
+      for (int64_t k = 0; k < width; k += stretch) {
+        for (int64_t m = 0; m < a_rows; m += kActs) {
+          with_count<kActs>(min_of(kActs, a_rows - m), [&](auto group) {
+            dot_int8_block<decltype(group)::value>(b + first * width, count, width, k, min_of(stretch, width - k),
+                                                   acts + m * padded, totals + m * kInt8Block);
+          });
         }
       }
-      int32_t sums[kActs][kInt8Block];
-      add_up(totals, kInt8Block * kActs, sums[0]);
-      for (int m = 0; m < kActs; ++m) {
+      int32_t sums[Int8Dot::kRows][kInt8Block];
+      add_up(totals, kInt8Block * a_rows, sums[0]);
+      for (int64_t m = 0; m < a_rows; ++m) {
         for (int64_t r = 0; r < count; ++r) {
           sums[m][r] = static_cast<int32_t>(static_cast<uint32_t>(sums[m][r]) - corrections[m]);
         }

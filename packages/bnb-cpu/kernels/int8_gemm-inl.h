@@ -75,8 +75,15 @@ struct Int8Product {
 #endif
   }
   static void copy_row(const int8_t* from, int64_t count, Word* out) {
-    for (int64_t k = 0; k < count; k += 2) {
-      out[k / 2] = pair(from[k], k + 1 < count ? from[k + 1] : int8_t{0});
+    int64_t k = 0;
+    for (; k + 2 * kLanes <= count; k += 2 * kLanes) {
+      BNB_ISA::store(out + k / 2, lane_words(from + k));
+    }
+    for (; k + 2 <= count; k += 2) {
+      out[k / 2] = lane_word(from + k);
+    }
+    if (k < count) {
+      out[k / 2] = pair(from[k], 0);
     }
   }
   static Word lane_word(const int8_t* from) { return pair(from[0], from[1]); }
@@ -163,6 +170,10 @@ BNB_FN uint32_t sum_of_bytes(const int8_t* p, int64_t count) {
   return sum;
 }
 
+// How many rows ahead the weight is asked for where its panels are widened. Where they are copied it gains nothing.
+constexpr int64_t kInt8RowsAhead = 4;
+constexpr int64_t kLineBytes = 64;
+
 // finish(lane, lane_count, row, row_count, sums, stride) as in multiply_blocked.
 template <class Finish>
 void multiply_int8_many(const int8_t* a, const int8_t* b, int64_t count, int64_t rows, int64_t width, int threads,
@@ -177,9 +188,15 @@ void multiply_int8_many(const int8_t* a, const int8_t* b, int64_t count, int64_t
         const int64_t k = step * kPerWord, elements = min_of(steps * kPerWord, width - k);
         const int64_t whole = elements / kPerWord;
         for (int64_t r = 0; r < row_count; ++r) {
+          const int8_t* const from = b + (row + r) * width + k;
           int32_t* const to = words + r * stride;
+          if (kPerWord < 4) {
+            for (int64_t i = 0; i < elements; i += kLineBytes) {
+              prefetch(from + i, kInt8RowsAhead * width);
+            }
+          }
           memset(to + whole, 0, static_cast<size_t>(steps - whole) * sizeof *to);
-          Int8Product::copy_row(b + (row + r) * width + k, elements, to);
+          Int8Product::copy_row(from, elements, to);
         }
       },
       [&](int64_t lane, int64_t lane_count, int64_t row, int64_t row_count, int32_t* sums, int64_t stride) {
@@ -209,12 +226,10 @@ void multiply_int8(const int8_t* a, const int8_t* b, int64_t count, int64_t rows
     multiply_int8_many(a, b, many, rows, width, threads, take_many);
   }
   if (few > 0) {
-    with_count<Int8Dot::kRows>(few, [&](auto acts) {
-      multiply_int8_few<decltype(acts)::value>(a + many * width, b, rows, width, threads,
-                                               [&](int64_t row, int64_t row_count, int64_t m, const int32_t* sums) {
-                                                 take_few(row, row_count, many + m, sums);
-                                               });
-    });
+    multiply_int8_few(a + many * width, few, b, rows, width, threads,
+                      [&](int64_t row, int64_t row_count, int64_t m, const int32_t* sums) {
+                        take_few(row, row_count, many + m, sums);
+                      });
   }
 }
 

@@ -115,7 +115,7 @@ void count_blocks(Counter& counter, const bnb_cpu::Kernels& k, Data& d) {
 void count_products(Counter& counter, const bnb_cpu::Kernels& k, Data& d) {
   for (const int dtype : {Data::kF32, Data::kBf16}) {
     const std::string suffix = std::string(" ") + kDtypeNames[dtype];
-    for (const int64_t rows : {1, 16}) {
+    for (const int64_t rows : {1, 8, 16}) {
       const std::string name = suffix + " M=" + std::to_string(rows);
       counter.call("gemm_4bit" + name, rows * kCount, [&] {
         k.gemm_4bit(d.x(dtype), dtype, rows, d.packed.data(), kRows, kWidth, d.absmax.data(), nullptr, nullptr, 0,

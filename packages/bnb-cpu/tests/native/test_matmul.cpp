@@ -329,6 +329,21 @@ int main() {
     for (int i = 0; i < 150; ++i) {
       check(Call(random), random);
     }
+    // Every width around those of vectors, and widths around those of panels: bytes are widened in whole vectors, and
+    // the last row may end where the memory does. The counts are of one group of rows, of several, and of tiles.
+    std::vector<int64_t> widths = {1023, 1024, 1025, 1039, 1040, 1041, 2047, 2048, 2049};
+    for (int64_t width = 1; width <= 131; ++width) {
+      widths.push_back(width);
+    }
+    for (const int64_t width : widths) {
+      for (const int64_t count : {4, 7, 12, 13, 17}) {
+        for (const Guarded::Place place : {Guarded::kAtEnd, Guarded::kAtStart}) {
+          Call call(random, count, 7, width);
+          call.place = place;
+          check_int8_products(call, random);
+        }
+      }
+    }
     // More than one block along each side, and more than one panel of steps.
     for (const auto& [count, rows, width] : {Shape{610, 20, 150}, {19, 300, 1100}, {40, 530, 264}, {7, 40, 4200}}) {
       for (int dtype = 0; dtype < 3; ++dtype) {
