@@ -206,7 +206,7 @@ __global__ void __launch_bounds__(Shape<kTokens>::kThreads, 1)
         row_begin[h] = static_cast<int64_t>(min(first_row + own_row + 8 * h, n - 1)) * k;
       }
       typename Scale::Stored coming[2];
-      float current[2];
+      float current[2] = {};
       const auto fetch_scales = [&](int item) {
         const int own = min(item + t, steps * kPerStep - 1);
         const int column = column_of(rotation, own / kPerStep) + (kDepthGroups > 1 ? depth : own % kPerStep) * kChunk;
