@@ -136,6 +136,7 @@ NB_MODULE(_C, m) {
                          as<void>(out), dtype);
   });
   m.def("int8_gemm_fits", &int8_gemm_fits);
+  m.attr("OUTLIER_COUNT_WORDS") = Outliers::kCountWords;
   m.attr("GATHERED_MULTIPLE") = kGatheredMultiple;
   m.def("gathered_room", &gathered_room);
   // `gathered`, `room`: see Gemm8; for path 3 with outliers.

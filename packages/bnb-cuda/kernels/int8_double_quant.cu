@@ -305,7 +305,7 @@ void int8_double_quantize(const Launch& launch, const void* x, int dtype, int64_
                    row_absmax, column_absmax, outliers, words);
   if (rows == 0) {
     if (has_outliers) {
-      check(gpuMemsetAsync(outliers.count, 0, 4, launch.stream()), kName);
+      clear_count(launch, outliers, kName);
     }
     return;
   }

@@ -72,12 +72,23 @@ __device__ __forceinline__ float code_value(unsigned codes) {
   return __uint_as_float(__byte_perm(codes ^ 0x80808080u, 0x4b000000u, 0x7440 | kByte)) - 8388736.0f;
 }
 
-// What the values of a pair of columns are beyond the codes of a row with this absmax over 127.
+// What a value is beyond its code in a row with this absmax over 127.
+__device__ __forceinline__ float rest_of_code(float value, float code, float scale) {
+  return __fmaf_rn(-code, scale, value);
+}
+
+// The same for the values of a pair of columns.
 template <class T, int kHalf>
 __device__ __forceinline__ unsigned rest_of_codes(unsigned values, unsigned codes, float scale) {
   const float2 pair = unpack_pair<T>(values);
-  return pack_pair<T>(__fmaf_rn(-code_value<2 * kHalf>(codes), scale, pair.x),
-                      __fmaf_rn(-code_value<2 * kHalf + 1>(codes), scale, pair.y));
+  return pack_pair<T>(rest_of_code(pair.x, code_value<2 * kHalf>(codes), scale),
+                      rest_of_code(pair.y, code_value<2 * kHalf + 1>(codes), scale));
+}
+
+// Flags of `kCount` columns from a multiple of it on, none beyond the last column.
+template <int kCount>
+__device__ __forceinline__ unsigned flags_of(const unsigned* flags, int column, int k) {
+  return column < k ? flags[column / 32] >> (column % 32) & ((1u << kCount) - 1) : 0u;
 }
 
 // All bits of those of two 16-bit numbers whose flags are set.

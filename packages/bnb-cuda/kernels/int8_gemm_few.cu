@@ -21,7 +21,7 @@ template <class T, int kRowTiles, int kTokenTiles>
 __device__ __forceinline__ void multiply_masked(float (&products)[kRowTiles][kTokenTiles][4],
                                                 const uint4 (&chunk)[kRowTiles][2], const T* __restrict__ values,
                                                 const unsigned* flags, int m, int k, int g, int column) {
-  const unsigned flagged = column < k ? flags[column / 32] >> (column % 32) & 0xffffu : 0u;
+  const unsigned flagged = flags_of<16>(flags, column, k);
   if (!group_any(flagged != 0)) {
     return;
   }

@@ -106,12 +106,12 @@ __device__ __forceinline__ void gather_outliers(const Problem& p, int count, int
       gather_rows(gathered + static_cast<int64_t>(first) * p.room, p, count, rows, lane,
                   [&](int row, int column) { return from_float<T>(p.codes[place_of(row, column)]); });
     } else {
-      gather_rows(
-          gathered + static_cast<int64_t>(p.n + first) * p.room, p, count, rows, lane, [&](int row, int column) {
-            const float code = p.token_codes == nullptr ? 0.0f : p.token_codes[place_of(row, column)];
-            return from_float<T>(
-                __fmaf_rn(-code, p.a_absmax[first + row] * (1.0f / 127.0f), to_float(values[place_of(row, column)])));
-          });
+      gather_rows(gathered + static_cast<int64_t>(p.n + first) * p.room, p, count, rows, lane,
+                  [&](int row, int column) {
+                    const float code = p.token_codes == nullptr ? 0.0f : p.token_codes[place_of(row, column)];
+                    const float scale = p.a_absmax[first + row] * (1.0f / 127.0f);
+                    return from_float<T>(rest_of_code(to_float(values[place_of(row, column)]), code, scale));
+                  });
     }
     publish_to_copy_engine();
     __syncwarp();
@@ -186,7 +186,7 @@ class MaskedStages {
   // Masks and codes of this thread's eight columns of a stage, ahead of their use.
   __device__ __forceinline__ void fetch(int step) {
     const int column = step * kOutlierStep + threadIdx.x % kPieces * 8;
-    const unsigned flags = column < p_.k ? p_.outliers.flags[column / 32] >> (column % 32) & 0xffu : 0u;
+    const unsigned flags = flags_of<8>(p_.outliers.flags, column, p_.k);
     mask_ = make_uint4(pair_mask(flags), pair_mask(flags >> 2), pair_mask(flags >> 4), pair_mask(flags >> 6));
 #pragma unroll
     for (int i = 0; i < kTokenPieces; ++i) {

@@ -160,11 +160,10 @@ void quantize(const Launch& launch, const T* x, int64_t rows, int64_t columns, f
   launch_dependent(quantize_row_any<T>, grid, launch, kQuantization, x, columns, threshold, codes, absmax, outliers);
 }
 
-// Without a row no thread block would write the number of columns.
 void prepare(const Launch& launch, const Outliers& outliers, int64_t rows, int64_t columns) {
   check(gpuMemsetAsync(outliers.flags, 0, (ceil_div(columns, 32) + 1) * 4, launch.stream()), kQuantization);
   if (rows == 0) {
-    check(gpuMemsetAsync(outliers.count, 0, 3 * sizeof(int), launch.stream()), kQuantization);
+    clear_count(launch, outliers, kQuantization);
   }
 }
 

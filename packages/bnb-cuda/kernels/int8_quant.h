@@ -28,6 +28,11 @@ __device__ __forceinline__ unsigned inlier_bits(float value, float threshold) {
   return threshold > 0.0f && bnb::float_of(bits) >= threshold ? 0u : bits;
 }
 
+// Without a row no kernel writes the number of columns.
+inline void clear_count(const Launch& launch, const Outliers& outliers, const char* what) {
+  check(gpuMemsetAsync(outliers.count, 0, Outliers::kCountWords * sizeof(int), launch.stream()), what);
+}
+
 // In global memory. A flag that is known is not set again, since all rows would wait for each other.
 __device__ __forceinline__ void flag_column(unsigned* flags, int64_t column) {
   const unsigned bit = 1u << (column % 32);
@@ -80,6 +85,7 @@ __device__ void list_columns(WordOf&& word_of, int64_t words, int* __restrict__ 
   }
   if (threadIdx.x == 0) {
     count[0] = total;
+    static_assert(Outliers::kCountWords == 3, "all words are written");
     count[1] = count[2] = 0;
   }
 }

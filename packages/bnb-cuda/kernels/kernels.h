@@ -72,9 +72,10 @@ void gemv_4bit(const Launch&, const Gemm4&, const float* code);
 // --- int8_quant*.cu ---------------------------------------------------------------------------------
 // Outlier columns of a matrix, found on the device. `flags` has one bit per column and a word that counts
 // (ceil(columns / 32) + 1 words, zeroed by quantize_rows); `columns` lists the set bits in ascending order. `count` has
-// their number and two words that are 0, by which a product hands out work to its thread blocks. Products take columns
-// that anybody has listed, without flags, too, and each needs words of its own.
+// kCountWords: their number and words that are 0, by which a product hands out work to its thread blocks. Products take
+// columns that anybody has listed, without flags, too, and each needs words of its own.
 struct Outliers {
+  static constexpr int kCountWords = 3;
   unsigned* flags;
   int* columns;
   int* count;

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from bnb_cuda.tuning import (
-    GATHERED_MULTIPLE,
     MOST_SPLIT,
     Int8Path,
     Path,
@@ -118,5 +117,4 @@ def test_int8_paths():
 def test_the_module_counts_alike():
     native = pytest.importorskip("bnb_cuda._C", reason="the native module bnb_cuda._C is not built")
     assert native.MOST_SPLIT == MOST_SPLIT
-    assert native.GATHERED_MULTIPLE == GATHERED_MULTIPLE
-    assert all(native.gathered_room(k) % GATHERED_MULTIPLE == 0 for k in range(16, 20000, 16))
+    assert all(native.gathered_room(k) % native.GATHERED_MULTIPLE == 0 for k in range(16, 20000, 16))

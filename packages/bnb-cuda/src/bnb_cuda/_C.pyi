@@ -3,6 +3,7 @@
 from typing import Any
 
 MOST_SPLIT: int
+OUTLIER_COUNT_WORDS: int
 GATHERED_MULTIPLE: int
 OPTIMIZER_COLUMNS: int
 OPTIMIZER_RULES: int

@@ -22,7 +22,15 @@ from bnb_cuda.arguments import (
     rows_of,
     stream_of,
 )
-from bnb_cuda.int8_outliers import Outliers, flag_words, gathered_buffer, outlier_addresses, outlier_buffers
+from bnb_cuda.int8_outliers import (
+    COUNT_WORDS,
+    Outliers,
+    flag_words,
+    gathered_buffer,
+    listed_outliers,
+    outlier_addresses,
+    outlier_buffers,
+)
 from bnb_cuda.tuning import LIBRARY_MULTIPLE, Int8Path, plan_int8
 
 
@@ -176,9 +184,7 @@ def int8_mixed_scaled_mm(
     outliers = A.reshape(rows_of(A), A.shape[-1])[:, outlier_cols]
     columns = outlier_cols.reshape(-1)
     columns = torch.where(columns < 0, columns + A.shape[-1], columns).int()
-    number = columns.new_zeros(3)
-    number[0] = columns.numel()
-    return scaled_product(CA, CB, SCA, SCB, A, Outliers(columns, number), bias, A.dtype), outliers
+    return scaled_product(CA, CB, SCA, SCB, A, listed_outliers(columns), bias, A.dtype), outliers
 
 
 def int8_linear(A: Tensor, CB: Tensor, SCB: Tensor, threshold: float = 0.0, bias: Tensor | None = None) -> Tensor:
@@ -283,9 +289,9 @@ def bind_int8_linear(
     weight_of = weakref.ref(CB)
     # Sizes that the library takes without a copy of the weight.
     whole = n % LIBRARY_MULTIPLE == 0 and k % LIBRARY_MULTIPLE == 0
-    # Room for flags, list and number of the outlier columns, the last with two words more.
+    # Room for flags, list and number of the outlier columns.
     flag_bytes = flag_words(k) * 4
-    outlier_bytes = flag_bytes + (k + 3) * 4 if threshold > 0.0 else 0
+    outlier_bytes = flag_bytes + (k + COUNT_WORDS) * 4 if threshold > 0.0 else 0
     room = _C.gathered_room(k) if threshold > 0.0 else 0
 
     def run(A: Tensor) -> Tensor | None:

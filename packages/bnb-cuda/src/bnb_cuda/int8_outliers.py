@@ -9,14 +9,17 @@ from torch import Tensor, empty
 
 from bnb_cuda import _C
 from bnb_cuda.arguments import address
-from bnb_cuda.tuning import GATHERED_MULTIPLE, pieces
+from bnb_cuda.tuning import pieces
+
+#: Words of 32 bits that begin with the number of outlier columns.
+COUNT_WORDS: int = _C.OUTLIER_COUNT_WORDS
 
 
 class Outliers(NamedTuple):
     """Outlier columns on the device: their list, which has room for all columns, their number, and a bit per column.
 
-    Two words follow the number, by which the product's kernel hands out work; they are 0. Lists that callers made have
-    no flags.
+    Words that are 0 follow the number, by which the product's kernel hands out work. Lists that callers made have no
+    flags.
     """
 
     columns: Tensor
@@ -36,8 +39,15 @@ def outlier_buffers(width: int, threshold: float, device: torch.device) -> Outli
     flags = empty(flag_words(width), dtype=torch.int32, device=device)
     columns = empty(width, dtype=torch.int32, device=device)
     # Without a column there is no kernel that would count.
-    number = flags.new_zeros(3) if width == 0 else flags.new_empty(3)
+    number = flags.new_zeros(COUNT_WORDS) if width == 0 else flags.new_empty(COUNT_WORDS)
     return Outliers(columns, number, flags)
+
+
+def listed_outliers(columns: Tensor) -> Outliers:
+    """Columns that a caller has listed, all of them."""
+    number = columns.new_zeros(COUNT_WORDS)
+    number[0] = columns.numel()
+    return Outliers(columns, number)
 
 
 def outlier_addresses(outliers: Outliers | None) -> tuple[int, int, int]:
@@ -57,5 +67,5 @@ def gathered_buffer(outliers: Outliers | None, rows: int, k: int, out: Tensor) -
     if outliers.flags is not None:
         room = _C.gathered_room(k)
     else:
-        room = max(1, pieces(len(outliers.columns), GATHERED_MULTIPLE)) * GATHERED_MULTIPLE
+        room = max(1, pieces(len(outliers.columns), _C.GATHERED_MULTIPLE)) * _C.GATHERED_MULTIPLE
     return out.new_empty(rows, room), room

@@ -147,8 +147,6 @@ MOST_ROWS_INT8_FEW = 16
 #: padded copy of the weight would have to be made at each call.
 LIBRARY_MULTIPLE = 8
 MOST_ROWS_INT8_TILES = 512
-#: Room for outlier columns side by side comes in multiples of this.
-GATHERED_MULTIPLE = 64
 
 
 class Int8Path(Enum):
