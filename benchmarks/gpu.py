@@ -32,6 +32,11 @@ CACHE_BYTES = 128e6
 LEAST_CAPTURED = 40
 
 
+def copies_beyond_cache(size: float) -> int:
+    """Copies of so many bytes that the cache does not hold when they take turns."""
+    return 2 + int(CACHE_BYTES // size)
+
+
 def by_events(calls: list[Callable[[], object]], repeats: int = 20) -> float:
     """Median time of a call from events around it; the host runs ahead, so its part does not show."""
     for call in calls:
@@ -130,8 +135,8 @@ def products(rates: Ceilings) -> Iterator[Row]:
 
     for n, k in SHAPES:
         weight = torch.randn(n, k, device="cuda", dtype=torch.bfloat16) * 0.02
-        copies = 2 + int(CACHE_BYTES // (n * k / 2))
-        plain = [weight] + [weight.clone() for _ in range(1 + int(CACHE_BYTES // (n * k * 2)))]
+        copies = copies_beyond_cache(n * k / 2)
+        plain = [weight.clone() for _ in range(copies_beyond_cache(n * k * 2))]
         for nested in (False, True):
             states = [F.quantize_4bit(weight, quant_type="nf4", compress_statistics=nested) for _ in range(copies)]
             for m in (1, 8, 64) if nested else (1, 8, 16, 32, 64, 128, 256, 1024, 4096):
@@ -155,7 +160,7 @@ def linear8(rates: Ceilings) -> Iterator[Row]:
     for threshold, columns in ((0.0, 0), (6.0, 3), (6.0, 100), (6.0, k // 2)):
         layers = [
             bnb.nn.Linear8bitLt(k, n, bias=False, has_fp16_weights=False, threshold=threshold).half().cuda()
-            for _ in range(2 + int(CACHE_BYTES // (n * k)))
+            for _ in range(copies_beyond_cache(n * k))
         ]
         label = f"Linear8bitLt threshold {threshold:g}" + (f", {columns} outlier columns" if columns else "")
         for m in (1, 8, 16, 32, 128, 512, 2048, 4096):
