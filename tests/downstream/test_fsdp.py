@@ -1,4 +1,4 @@
-"""QLoRA with weights sharded over processes that talk through gloo."""
+"""QLoRA with weights sharded over processes that talk through gloo or NCCL."""
 
 import subprocess
 import sys
@@ -9,13 +9,14 @@ import torch
 
 pytestmark = [pytest.mark.model, pytest.mark.slow]
 
+needs_two = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 WORKER = Path(__file__).with_name("fsdp_qlora.py")
 
 
-def run(folder, tmp_path, processes):
+def run(folder, tmp_path, processes, device):
     """Results of one step over ``processes`` processes."""
     out = tmp_path / f"{processes}.pt"
-    arguments = [str(processes), str(tmp_path / f"store-{processes}"), str(out)]
+    arguments = [str(processes), str(tmp_path / f"store-{processes}"), str(out), device]
     workers = [
         subprocess.Popen([sys.executable, str(WORKER), str(folder), str(rank), *arguments]) for rank in range(processes)
     ]
@@ -27,8 +28,9 @@ def run(folder, tmp_path, processes):
     return torch.load(out, weights_only=True)
 
 
-def test_sharded_step_equals_the_step_of_one_process(tiny_folder, tmp_path):
-    alone, sharded = run(tiny_folder, tmp_path, 1), run(tiny_folder, tmp_path, 2)
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_two)])
+def test_sharded_step_equals_the_step_of_one_process(tiny_folder, tmp_path, device):
+    alone, sharded = run(tiny_folder, tmp_path, 1, device), run(tiny_folder, tmp_path, 2, device)
     assert sharded["losses"] == pytest.approx(alone["losses"], rel=1e-3)
     assert sharded["losses"][0] == sharded["losses"][1]
     expected = alone["gradients"]

@@ -15,6 +15,7 @@ pytestmark = pytest.mark.gpu
 TOLERANCE = {torch.bfloat16: 4e-3, torch.float16: 6e-4, torch.float32: 2e-6}
 SIZES = [(16, 64), (77, 2048), (130, 14336), (257, 320), (1000, 192), (4096, 4096), (4100, 1088), (8461, 704)]
 ROWS = (1, 3, 8, 9, 16, 17, 31, 33, 64, 65, 128, 190, 300)
+needs_two = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 
 
 def quantized(n, k, dtype, quant_type="nf4", blocksize=64, nested=False):
@@ -184,14 +185,32 @@ def test_a_product_sees_a_weight_that_was_just_written():
     assert all(torch.equal(one, two) for one, two in zip(results, expected, strict=True))
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_device_that_is_not_current():
+@needs_two
+def test_a_device_that_is_not_current_gives_the_same_and_takes_nothing_from_the_current_one():
+    expected = [call() for call in small_calls()]
     with torch.cuda.device(1):
-        expected = [call() for call in small_calls()]
+        torch.manual_seed(0)
         calls = list(small_calls())
-    for tensor, call in zip(expected, calls, strict=True):
-        assert call().device == tensor.device
+    torch.cuda.synchronize(1)
+    allocations = torch.cuda.memory_stats(0)["allocation.all.allocated"]
+    results = [call() for call in calls]
+    assert torch.cuda.memory_stats(0)["allocation.all.allocated"] == allocations
     assert torch.cuda.current_device() == 0
+    for result, tensor in zip(results, expected, strict=True):
+        assert result.device == torch.device("cuda", 1)
+        assert torch.equal(result.cpu(), tensor.cpu())
+
+
+@needs_two
+@pytest.mark.parametrize("rows", [1, 40])
+def test_operands_on_two_devices_are_refused(rows):
+    packed, state, _ = quantized(64, 128, torch.float16)
+    codes, stats, _ = F.int8_vectorwise_quant(torch.randn(64, 128, device="cuda", dtype=torch.float16))
+    x = torch.randn(rows, 128, device="cuda:1", dtype=torch.float16)
+    with pytest.raises(RuntimeError, match=r"gemm_4bit.*cuda:1"):
+        torch.ops.bitsandbytes.gemm_4bit(x, packed, [64, 128], state.absmax, 64, "nf4")
+    with pytest.raises(RuntimeError, match=r"int8_linear.*cuda:1"):
+        torch.ops.bitsandbytes.int8_linear(x, codes, stats, 0.0, None)
 
 
 @pytest.mark.parametrize("cls", [bnb.optim.AdamW8bit, bnb.optim.AdamW32bit, bnb.optim.Lion8bit])

@@ -20,6 +20,7 @@ pytestmark = pytest.mark.gpu
 
 DTYPES = (torch.float32, torch.bfloat16)
 SIZES = (8192, 5000, 300, 1, 4096 * 9 + 7)
+needs_two = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 needs_exchange = pytest.mark.skipif(EXCHANGE is None, reason="torch has no table of DLPack functions before 2.10")
 
 
@@ -213,18 +214,19 @@ def test_grad_scaler() -> None:
 # --- devices --------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-@pytest.mark.parametrize("name", ["AdamW8bit", "AdamW32bit"])
+@needs_two
+@pytest.mark.parametrize("name", [n for n in optim.__all__ if n not in ("GlobalOptimManager", "PytorchLARS")])
 def test_a_device_that_is_not_current(name: str) -> None:
-    params, others = parameters(device="cuda:1"), parameters(device="cuda:0")
-    ours, plain = getattr(optim, name)(params), getattr(optim, name)(others)
+    sizes = ((96, 64), (33, 70)) if name.startswith("Muon") else SIZES
+    settings = {"lr": 1e-2, "momentum": 0.9} if name.startswith(("SGD", "LARS")) else {}
+    ours, plain = (getattr(optim, name)(parameters(sizes, device=f"cuda:{i}"), **settings) for i in (1, 0))
     take_steps(ours, plain, numbers=range(5))
     assert torch.cuda.current_device() == 0
     torch.cuda.synchronize(1)
     assert_same(ours, plain)
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@needs_two
 def test_parameters_on_two_devices() -> None:
     params, others = parameters(device="cuda:1") + parameters(), parameters() + parameters()
     ours, plain = optim.AdamW8bit(params), optim.AdamW8bit(others)
@@ -438,7 +440,7 @@ def test_paged_states_move_through_the_cpu_and_copies(name: str, monkeypatch: py
 
 
 @pytest.mark.usefixtures("small_portions")
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@needs_two
 @pytest.mark.parametrize("resident", [True, False])
 def test_paged_parameters_on_two_devices(resident: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     with_free_memory(50 if resident else 0, monkeypatch)
@@ -452,7 +454,7 @@ def test_paged_parameters_on_two_devices(resident: bool, monkeypatch: pytest.Mon
     assert_same(ours, plain)
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@needs_two
 def test_a_step_is_captured_on_a_device_that_is_not_current() -> None:
     params, others = parameters(device="cuda:1"), parameters(device="cuda:0")
     ours = optim.AdamW8bit([{"params": params, "capturable": True}])
