@@ -9,6 +9,7 @@ import torch
 
 from bitsandbytes.functional import DEFAULT_BLOCKSIZE_4BIT, quantize_4bit
 from bitsandbytes.nn.foreign import can_exchange_data
+from bitsandbytes.nn.shard4bit import Shard4bit
 from bitsandbytes.state import QuantState
 
 #: Names of the attributes, in the order in which they lie in ``__dict__``. Downstream libraries
@@ -241,7 +242,14 @@ class Params4bit(torch.nn.Parameter):
         if func in _SPLITTERS and args and isinstance(args[0], Params4bit):
             whole = args[0]
             return tuple(whole._with_data(piece) for piece in result)
+        # The memory of the piece of this process; a copy of the piece goes there.
+        if func is torch.Tensor.new_zeros and _is_packed_float(args[0]) and result.dtype == args[0].dtype:
+            return Shard4bit.of(result)
         return result
+
+
+def _is_packed_float(weight: torch.Tensor) -> bool:
+    return isinstance(weight, Params4bit) and weight.bnb_quantized and weight.dtype.is_floating_point
 
 
 def _rebuild(cls: type[Params4bit], data: torch.Tensor, requires_grad: bool) -> Params4bit:

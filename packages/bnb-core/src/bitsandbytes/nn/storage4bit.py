@@ -9,6 +9,8 @@ import torch
 from bitsandbytes.errors import CheckpointError
 from bitsandbytes.nn.foreign import moving_weight
 from bitsandbytes.nn.params4bit import Params4bit
+from bitsandbytes.nn.shard4bit import with_shard_class
+from bitsandbytes.optim.sharded import is_sharded
 from bitsandbytes.state import QuantState
 
 #: Keys of a quant state in a state dict, below the name of the weight.
@@ -18,11 +20,13 @@ _STATE_KEYS = frozenset({"absmax", "quant_map", "nested_absmax", "nested_quant_m
 def fix_4bit_weight_quant_state_from_module(module: Any) -> None:
     """Restore the state of a weight that a sharding library replaced by one without it.
 
-    FSDP recreates parameters around its flat buffer; the layer keeps a second reference to the state
-    for that case.
+    FSDP recreates parameters around its own buffers; the layer keeps a second reference to the state
+    for that case. A weight that FSDP2 has not gathered stays as it is.
     """
     weight = module.weight
     if getattr(weight, "quant_state", None) is not None or getattr(module, "quant_state", None) is None:
+        return
+    if is_sharded(weight):
         return
     if not isinstance(weight, Params4bit):
         weight = Params4bit(weight.data, quant_storage=weight.dtype, module=module, bnb_quantized=True)
@@ -37,9 +41,13 @@ class Storage4bit(torch.nn.Module):
     quant_state: QuantState | None
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        weight: Any = self._parameters.get("weight")
+        if weight is not None and is_sharded(weight) and self.quant_state is not None:
+            # The state stays where gathered weights are used; a shard may be offloaded.
+            return super()._apply(_keeping_dtype_of(weight, fn), recurse)
         with moving_weight(self, fn):
             super()._apply(fn, recurse)
-        weight: Any = self._parameters.get("weight")
+        weight = self._parameters.get("weight")
         state = getattr(weight, "quant_state", None)
         # torch moves the data under a parameter that stays; its state has to follow.
         if state is not None and weight.device.type != "meta" and state.absmax.device != weight.device:
@@ -49,10 +57,15 @@ class Storage4bit(torch.nn.Module):
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         fix_4bit_weight_quant_state_from_module(self)
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        state = getattr(self.weight, "quant_state", None)
-        if state is not None:
-            for key, value in state.as_dict(packed=True).items():
-                destination[f"{prefix}weight.{key}"] = value if keep_vars else value.detach()
+        sharded = is_sharded(self.weight)
+        state = self.quant_state if sharded else getattr(self.weight, "quant_state", None)
+        if state is None:
+            return
+        statistics = state.as_dict(packed=True)
+        for key, value in statistics.items():
+            destination[f"{prefix}weight.{key}"] = value if keep_vars else value.detach()
+        if sharded:
+            _let_names_resolve(self.weight, state, statistics)
 
     def _load_from_state_dict(
         self,
@@ -68,14 +81,17 @@ class Storage4bit(torch.nn.Module):
         statistics = {key: value for key, value in state_dict.items() if _is_statistic(key, name)}
         incoming = state_dict.get(name)
         if statistics and incoming is not None:
+            sharded = is_sharded(self.weight)
+            taken = statistics.keys() if sharded else {name, *statistics}
             try:
-                replacement = self._prequantized(incoming, statistics, local_metadata)
+                if sharded:
+                    self.quant_state = self._state_for_shards(incoming, statistics)
+                else:
+                    self.weight = self._prequantized(incoming, statistics, local_metadata)
             except CheckpointError as error:
                 error_msgs.append(f"While reading the 4-bit weight {name!r}: {error}")
-            else:
-                self.weight = replacement
             super()._load_from_state_dict(
-                {key: value for key, value in state_dict.items() if key != name and key not in statistics},
+                {key: value for key, value in state_dict.items() if key not in taken},
                 prefix,
                 local_metadata,
                 strict,
@@ -84,6 +100,7 @@ class Storage4bit(torch.nn.Module):
                 error_msgs,
             )
             missing_keys[:] = [key for key in missing_keys if key != name]
+            self._keep_parameter_class()
             return
         if incoming is not None and self._needs_quantizing(incoming):
             settings = {key: self.weight.__dict__[key] for key in ("blocksize", "compress_statistics", "quant_type")}
@@ -100,13 +117,22 @@ class Storage4bit(torch.nn.Module):
         assign = local_metadata.get("assign_to_params_buffers", False)
         device = packed.device if assign or self.weight.device.type == "meta" else self.weight.device
         parameter = Params4bit.from_prequantized(packed, statistics, device=device, module=self)
-        shape = self._weight_shape()
-        given = None if parameter.quant_state is None else parameter.quant_state.shape
-        if given is not None and tuple(given) != shape:
-            raise CheckpointError(f"it has shape {tuple(given)}, the weight of this layer has shape {shape}")
+        self._check_shape(parameter.quant_state)
         if not assign and parameter.data_ptr() == packed.data_ptr():
             parameter.data = packed.detach().clone()
         return parameter
+
+    def _state_for_shards(self, incoming: torch.Tensor, statistics: dict[str, Any]) -> QuantState:
+        device = incoming.device if self.quant_state is None else self.quant_state.absmax.device
+        state = QuantState.from_dict(statistics, device)
+        self._check_shape(state)
+        return state
+
+    def _check_shape(self, state: QuantState | None) -> None:
+        shape = self._weight_shape()
+        given = None if state is None else state.shape
+        if given is not None and tuple(given) != shape:
+            raise CheckpointError(f"it has shape {tuple(given)}, the weight of this layer has shape {shape}")
 
     def _weight_shape(self) -> tuple[int, int]:
         raise NotImplementedError
@@ -125,7 +151,10 @@ class Storage4bit(torch.nn.Module):
     def _keep_parameter_class(self) -> None:
         """Undo that ``load_state_dict(assign=True)`` puts a plain parameter in place."""
         weight = self.weight
-        if not isinstance(weight, Params4bit):
+        if is_sharded(weight):
+            if self.quant_state is not None and (kept := with_shard_class(weight)) is not weight:
+                self.weight = kept
+        elif not isinstance(weight, Params4bit):
             state = self.quant_state
             self.weight = Params4bit(
                 weight.data,
@@ -136,6 +165,28 @@ class Storage4bit(torch.nn.Module):
             )
 
     _default_quant_type = "fp4"
+
+
+def _keeping_dtype_of(weight: torch.Tensor, fn: Any) -> Any:
+    """``fn``, a function that moves or converts tensors, without a conversion of these packed codes."""
+
+    def moved(tensor: torch.Tensor) -> torch.Tensor:
+        result = fn(tensor)
+        return tensor.to(result.device) if tensor is weight and result.dtype != tensor.dtype else result
+
+    return moved
+
+
+def _let_names_resolve(weight: Any, state: QuantState, statistics: dict[str, torch.Tensor]) -> None:
+    """Give a sharded weight the attributes that the keys of its statistics name.
+
+    ``torch.distributed.checkpoint`` walks the keys of a state dict by attribute access, and a sharded weight does not
+    have the properties of :class:`Params4bit`.
+    """
+    weight.quant_state = state
+    for key, value in statistics.items():
+        if "." not in key:
+            setattr(weight, key, value)
 
 
 def _is_statistic(key: str, name: str) -> bool:
