@@ -102,7 +102,11 @@ class Storage4bit(torch.nn.Module):
             missing_keys[:] = [key for key in missing_keys if key != name]
             self._keep_parameter_class()
             return
-        if incoming is not None and self._needs_quantizing(incoming):
+        if incoming is not None and self.quant_state is not None and is_sharded(self.weight):
+            # torch's broadcast of a state dict from one process reaches only what is a parameter or buffer, and codes
+            # mean nothing without their statistics.
+            missing_keys.extend(f"{name}.{key}" for key in self.quant_state.as_dict(packed=True))
+        elif incoming is not None and self._needs_quantizing(incoming):
             settings = {key: self.weight.__dict__[key] for key in ("blocksize", "compress_statistics", "quant_type")}
             self.weight = Params4bit(
                 incoming.detach().clone(), quant_storage=self.weight.quant_storage, module=self, **settings
