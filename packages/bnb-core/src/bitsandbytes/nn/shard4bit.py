@@ -53,7 +53,7 @@ class Shard4bit(torch.Tensor):
 
     codes: torch.Tensor
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # torch types it otherwise
 
     @staticmethod
     def __new__(cls, codes: torch.Tensor, dtype: torch.dtype) -> Shard4bit:  # noqa: D102  # the class says it
@@ -89,7 +89,7 @@ class Shard4bit(torch.Tensor):
 
         Args:
             mesh: the processes that the weight is spread over.
-            outer_size: shape of the whole weight. Releases of torch before 2.6 do not say it, and refuse to spread
+            outer_size: shape of the whole weight. The first releases of FSDP2 do not say it, and refuse to spread
                 rows that the number of processes does not divide.
             outer_stride: not used.
             module: not used.
@@ -137,7 +137,9 @@ class Shard4bit(torch.Tensor):
         return None
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]  # torch types a method of an instance
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         kwargs = kwargs or {}
         first = args[0] if args else None
         if isinstance(first, Shard4bit):
@@ -151,24 +153,22 @@ class Shard4bit(torch.Tensor):
                 return first
         return _run_plain(func, args, kwargs)
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
-        return f"{type(self).__name__}({self.codes}, dtype={self.dtype})"
-
     def __reduce_ex__(self, protocol: Any) -> Any:
         return self.plain().__reduce_ex__(protocol)
 
 
-def with_shard_class(weight: Any) -> Any:
-    """A sharded weight whose part on this process is a :class:`Shard4bit`.
+def with_shard_class_of(before: Any, weight: Any) -> Any:
+    """A sharded weight whose part on this process is a :class:`Shard4bit` where that of the one before it was.
 
     Args:
-        weight: a DTensor with packed codes, whose part may be a plain tensor that was loaded.
+        before: a DTensor or any other tensor, whose place ``weight`` takes.
+        weight: a DTensor, whose part may be a plain tensor that was loaded.
 
     Returns:
         ``weight`` itself where nothing is to be done, else a parameter in the same memory.
     """
     local = weight.to_local()
-    if isinstance(local, Shard4bit) or not local.is_floating_point():
+    if not hasattr(before, "to_local") or not isinstance(before.to_local(), Shard4bit) or isinstance(local, Shard4bit):
         return weight
     spread = type(weight).from_local(
         Shard4bit.of(local.detach()),

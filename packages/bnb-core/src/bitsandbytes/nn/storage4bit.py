@@ -9,7 +9,7 @@ import torch
 from bitsandbytes.errors import CheckpointError
 from bitsandbytes.nn.foreign import moving_weight
 from bitsandbytes.nn.params4bit import Params4bit
-from bitsandbytes.nn.shard4bit import with_shard_class
+from bitsandbytes.nn.shard4bit import with_shard_class_of
 from bitsandbytes.optim.sharded import is_sharded
 from bitsandbytes.state import QuantState
 
@@ -80,8 +80,9 @@ class Storage4bit(torch.nn.Module):
         name = f"{prefix}weight"
         statistics = {key: value for key, value in state_dict.items() if _is_statistic(key, name)}
         incoming = state_dict.get(name)
+        before = self.weight
+        sharded = is_sharded(before)
         if statistics and incoming is not None:
-            sharded = is_sharded(self.weight)
             taken = statistics.keys() if sharded else {name, *statistics}
             try:
                 if sharded:
@@ -100,9 +101,9 @@ class Storage4bit(torch.nn.Module):
                 error_msgs,
             )
             missing_keys[:] = [key for key in missing_keys if key != name]
-            self._keep_parameter_class()
+            self._keep_parameter_class(before)
             return
-        if incoming is not None and self.quant_state is not None and is_sharded(self.weight):
+        if incoming is not None and self.quant_state is not None and sharded:
             # torch's broadcast of a state dict from one process reaches only what is a parameter or buffer, and codes
             # mean nothing without their statistics.
             missing_keys.extend(f"{name}.{key}" for key in self.quant_state.as_dict(packed=True))
@@ -115,7 +116,7 @@ class Storage4bit(torch.nn.Module):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        self._keep_parameter_class()
+        self._keep_parameter_class(before)
 
     def _prequantized(self, packed: torch.Tensor, statistics: dict[str, Any], local_metadata: Any) -> Params4bit:
         assign = local_metadata.get("assign_to_params_buffers", False)
@@ -152,12 +153,12 @@ class Storage4bit(torch.nn.Module):
             and tuple(weight.shape) != self._weight_shape()
         )
 
-    def _keep_parameter_class(self) -> None:
-        """Undo that ``load_state_dict(assign=True)`` puts a plain parameter in place."""
+    def _keep_parameter_class(self, before: Any) -> None:
+        """Undo that ``load_state_dict(assign=True)`` puts a plain parameter in the place of ``before``."""
         weight = self.weight
         if is_sharded(weight):
-            if self.quant_state is not None and (kept := with_shard_class(weight)) is not weight:
-                self.weight = kept
+            if weight is not before:
+                self.weight = with_shard_class_of(before, weight)
         elif not isinstance(weight, Params4bit):
             state = self.quant_state
             self.weight = Params4bit(
