@@ -1,7 +1,8 @@
 """One process of those that share 4-bit weights; started by ``test_fsdp_4bit.py``.
 
-``python fsdp_4bit_worker.py RANK WORLD FOLDER CASE...`` runs the cases, functions of this module, and writes the names
-of those that passed to ``FOLDER/passed-WORLD-RANK``.
+``python fsdp_4bit_worker.py DEVICE RANK WORLD FOLDER CASE...`` runs the cases, functions of this module, and writes the
+names of those that passed to ``FOLDER/passed-DEVICE-WORLD-RANK``. DEVICE is ``cpu`` or ``cuda``, where each process has
+a GPU of its own.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from bitsandbytes.nn import Linear4bit, Params4bit
 
 STORAGES = (torch.uint8, torch.bfloat16, torch.float16, torch.float32)
 FULL = StateDictOptions(full_state_dict=True)
+DEVICE = torch.device(sys.argv[1]) if sys.argv[1] == "cpu" else torch.device(sys.argv[1], int(sys.argv[2]))
 
 
 def foreach_copy_through_float(targets: Any, sources: Any, non_blocking: bool = False) -> None:
@@ -48,13 +50,18 @@ def model_of(storage: torch.dtype) -> torch.nn.Sequential:
         Linear4bit(8, 2, bias=False, **options),
     ).to("cpu")
     patterns = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16)
-    model[1].weight.data = patterns.view(-1).view(storage).view(-1, 1)
-    return model
+    model[1].weight.data = patterns.view(storage).view(-1, 1)
+    return model.to(DEVICE)
 
 
 def raw(tensor: torch.Tensor) -> torch.Tensor:
     """The bytes of a tensor."""
     return tensor.detach().contiguous().view(-1).view(torch.uint8)
+
+
+def whole(tensor: Any) -> torch.Tensor:
+    """A tensor that may be spread over the processes."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def packed_layers(model: torch.nn.Module) -> list[Linear4bit]:
@@ -63,7 +70,7 @@ def packed_layers(model: torch.nn.Module) -> list[Linear4bit]:
 
 def shard(model: torch.nn.Module, **options: Any) -> torch.nn.Module:
     """Shard the layer with all patterns on its own, and the rest together."""
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    mesh = init_device_mesh(DEVICE.type, (dist.get_world_size(),))
     fully_shard(model[1], mesh=mesh, **options)
     return fully_shard(model, mesh=mesh, **options)
 
@@ -71,10 +78,10 @@ def shard(model: torch.nn.Module, **options: Any) -> torch.nn.Module:
 def step(model: torch.nn.Module) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Result of a forward pass, and the gradients of all parameters that have some."""
     model.zero_grad()
-    result = model(torch.randn(4, 16, generator=torch.Generator().manual_seed(0)))
+    result = model(torch.randn(4, 16, generator=torch.Generator().manual_seed(0)).to(DEVICE))
     result.square().sum().backward()
-    gradients = [p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad for p in model.parameters()]
-    return result.detach(), [gradient for gradient in gradients if gradient is not None]
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    return result.detach(), [whole(gradient).to(DEVICE) for gradient in gradients]
 
 
 def check_steps(storage: torch.dtype, **options: Any) -> None:
@@ -128,7 +135,8 @@ def mixed_precision() -> None:
 
 def offload() -> None:
     for storage in STORAGES:
-        check_steps(storage, offload_policy=CPUOffloadPolicy(pin_memory=False))
+        for pinned in {False, DEVICE.type == "cuda"}:
+            check_steps(storage, offload_policy=CPUOffloadPolicy(pin_memory=pinned))
 
 
 def local_parts() -> None:
@@ -153,7 +161,7 @@ def full_state() -> None:
         for state in (get_model_state_dict(model, options=FULL), get_model_state_dict(model)):
             assert state.keys() == expected.keys()
             for key, value in state.items():
-                value = value.full_tensor() if hasattr(value, "full_tensor") else value
+                value = whole(value)
                 assert type(value) is torch.Tensor
                 assert torch.equal(raw(value), raw(expected[key])), key
         check_weights(model, alone)
@@ -195,7 +203,7 @@ def broadcast() -> None:
 
 def checkpoint(folder: Path) -> None:
     for storage in STORAGES:
-        place = folder / f"checkpoint-{dist.get_world_size()}-{storage}"
+        place = folder / f"checkpoint-{DEVICE.type}-{storage}"
         dcp.save(get_model_state_dict(shard(model_of(storage))), checkpoint_id=place)
         model = other_model(storage)
         state = get_model_state_dict(model)
@@ -211,7 +219,7 @@ def conversions() -> None:
         for each in (model, alone):
             each.to(torch.bfloat16).to(torch.float32)
         check_weights(model, alone)
-        model.to_empty(device="cpu")
+        model.to_empty(device=DEVICE)
         model.load_state_dict(shard(model_of(storage)).state_dict())
         check_weights(model, model_of(storage))
 
@@ -235,13 +243,18 @@ def copies() -> None:
 
 
 def main() -> None:
-    rank, world, folder, *cases = sys.argv[1:]
+    kind, rank, world, folder, *cases = sys.argv[1:]
     torch.set_num_threads(1)
-    torch._foreach_copy_ = foreach_copy_through_float
-    store = f"file://{folder}/store-{world}"
+    if kind == "cpu":
+        torch._foreach_copy_ = foreach_copy_through_float
+    else:
+        torch.cuda.set_device(DEVICE)
+    # Gradients of offloaded parameters are gathered on the CPU.
+    talk = "gloo" if kind == "cpu" else "cpu:gloo,cuda:nccl"
+    store = f"file://{folder}/store-{kind}-{world}"
     minute = datetime.timedelta(seconds=60)
-    dist.init_process_group("gloo", init_method=store, rank=int(rank), world_size=int(world), timeout=minute)
-    with (Path(folder) / f"passed-{world}-{rank}").open("w", buffering=1) as passed:
+    dist.init_process_group(talk, init_method=store, rank=int(rank), world_size=int(world), timeout=minute)
+    with (Path(folder) / f"passed-{kind}-{world}-{rank}").open("w", buffering=1) as passed:
         for case in cases:
             globals()[case](*([Path(folder)] if case == "checkpoint" else []))
             print(case, file=passed)

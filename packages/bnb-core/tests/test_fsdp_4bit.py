@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import os
 import subprocess
@@ -15,6 +16,7 @@ import torch
 from bitsandbytes.nn import Linear4bit
 from bitsandbytes.nn.shard4bit import Shard4bit
 
+needs_two = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 FLOATS = [torch.bfloat16, torch.float16, torch.float32]
 #: Functions of the worker. Three processes do not divide the rows, and one of them gets none of the small layer.
 CASES = {
@@ -36,28 +38,28 @@ CASES = {
 }
 
 
+#: Those that need the stand-in for the CUDA kernel, and those that have the kernel itself.
+RUNS = [
+    *(("cpu", world, case) for world, cases in CASES.items() for case in cases),
+    *(pytest.param("cuda", 2, case, marks=[pytest.mark.multigpu, needs_two]) for case in CASES[2]),
+]
+
+
 @pytest.fixture(scope="module")
 def passed(tmp_path_factory):
-    """``passed(world)``: the cases that every process passed, and what the processes wrote."""
-    results: dict[int, tuple[list[str], str]] = {}
+    """``passed(device, world)``: the cases that every process passed, and what the processes wrote."""
     folder = tmp_path_factory.mktemp("fsdp")
-
-    def get(world: int) -> tuple[list[str], str]:
-        if world not in results:
-            results[world] = launch(world, folder)
-        return results[world]
-
-    return get
+    return functools.cache(lambda device, world: launch(device, world, folder))
 
 
-def launch(world: int, folder: Path) -> tuple[list[str], str]:
+def launch(device: str, world: int, folder: Path) -> tuple[list[str], str]:
     worker = Path(__file__).with_name("fsdp_4bit_worker.py")
     environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    logs = [folder / f"log-{world}-{rank}" for rank in range(world)]
+    logs = [folder / f"log-{device}-{world}-{rank}" for rank in range(world)]
     processes = []
     try:
         for rank, log in enumerate(logs):
-            command = [sys.executable, str(worker), str(rank), str(world), str(folder), *CASES[world]]
+            command = [sys.executable, str(worker), device, str(rank), str(world), str(folder), *CASES[world]]
             with log.open("w") as output:
                 processes.append(subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT))
         for process in processes:
@@ -65,16 +67,17 @@ def launch(world: int, folder: Path) -> tuple[list[str], str]:
     finally:
         for process in processes:
             process.kill()
-    names = [(folder / f"passed-{world}-{rank}").read_text().split() for rank in range(world)]
+    files = [folder / f"passed-{device}-{world}-{rank}" for rank in range(world)]
+    names = [file.read_text().split() if file.exists() else [] for file in files]
     shared = [name for name in CASES[world] if all(name in one for one in names)]
     return shared, "\n".join(log.read_text()[-2000:] for log in logs)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no distributed package")
-@pytest.mark.parametrize(("world", "case"), [(world, case) for world, cases in CASES.items() for case in cases])
-def test_processes_share_weights(passed, world, case):
-    cases, output = passed(world)
+@pytest.mark.parametrize(("device", "world", "case"), RUNS)
+def test_processes_share_weights(passed, device, world, case):
+    cases, output = passed(device, world)
     assert case in cases, output
 
 

@@ -27,6 +27,8 @@ ATTRIBUTES = (
 _SPLITTERS: frozenset[Any] = frozenset(
     (torch.chunk, torch.split, torch.Tensor.chunk, torch.Tensor.split, torch.unsafe_chunk, torch.unsafe_split)
 )
+#: What FSDP2 shards a weight with.
+_SHARDING = _SPLITTERS | {torch.Tensor.new_zeros}
 
 
 class Params4bit(torch.nn.Parameter):
@@ -238,18 +240,18 @@ class Params4bit(torch.nn.Parameter):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = super().__torch_function__(func, types, args, kwargs or {})
-        # FSDP2 shards with these and needs the class on every piece.
-        if func in _SPLITTERS and args and isinstance(args[0], Params4bit):
-            whole = args[0]
-            return tuple(whole._with_data(piece) for piece in result)
-        # The memory of the piece of this process; a copy of the piece goes there.
-        if func is torch.Tensor.new_zeros and _is_packed_float(args[0]) and result.dtype == args[0].dtype:
-            return Shard4bit.of(result)
+        if func in _SHARDING and args and isinstance(args[0], Params4bit):
+            return args[0]._sharded(func, result)
         return result
 
-
-def _is_packed_float(weight: torch.Tensor) -> bool:
-    return isinstance(weight, Params4bit) and weight.bnb_quantized and weight.dtype.is_floating_point
+    def _sharded(self, func: Any, result: Any) -> Any:
+        """What FSDP2 is to get from one of :data:`_SHARDING`, which gave ``result``."""
+        if func in _SPLITTERS:
+            return tuple(self._with_data(piece) for piece in result)
+        # The memory for the piece of this process.
+        if self.bnb_quantized and self.dtype.is_floating_point and result.dtype == self.dtype:
+            return Shard4bit.of(result)
+        return result
 
 
 def _rebuild(cls: type[Params4bit], data: torch.Tensor, requires_grad: bool) -> Params4bit:
