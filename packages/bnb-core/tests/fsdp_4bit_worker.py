@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import datetime
+import functools
 import sys
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,20 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully
 
 from bitsandbytes.nn import Linear4bit, Params4bit
 
-STORAGES = (torch.uint8, torch.bfloat16, torch.float16, torch.float32)
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 FULL = StateDictOptions(full_state_dict=True)
 DEVICE = torch.device(sys.argv[1]) if sys.argv[1] == "cpu" else torch.device(sys.argv[1], int(sys.argv[2]))
+
+
+@functools.cache
+def storages() -> tuple[torch.dtype, ...]:
+    """The dtypes of packed codes. FSDP2 itself refuses parameters of integers in some releases, 2.11 among them."""
+    module = torch.nn.ParameterList([torch.nn.Parameter(torch.zeros(8, 1, dtype=torch.uint8), requires_grad=False)])
+    try:
+        fully_shard(module, mesh=init_device_mesh(DEVICE.type, (dist.get_world_size(),)))
+    except RuntimeError:
+        return FLOATS
+    return (torch.uint8, *FLOATS)
 
 
 def foreach_copy_through_float(targets: Any, sources: Any, non_blocking: bool = False) -> None:
@@ -111,20 +123,20 @@ def check_weights(model: torch.nn.Module, alone: torch.nn.Module) -> None:
 
 
 def steps() -> None:
-    for storage in STORAGES:
+    for storage in storages():
         check_steps(storage)
 
 
 def steps_without_resharding() -> None:
-    for storage in STORAGES:
+    for storage in storages():
         check_steps(storage, reshard_after_forward=False)
 
 
 def mixed_precision() -> None:
-    for storage in STORAGES[1:]:
+    for storage in FLOATS:
         check_steps(storage, mp_policy=MixedPrecisionPolicy(param_dtype=torch.float32))
     # The other parameters are rounded, so that only the bytes can be compared.
-    for storage in STORAGES:
+    for storage in storages():
         model = shard(model_of(storage), mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
         model.unshard()
         model[1].unshard()
@@ -134,14 +146,14 @@ def mixed_precision() -> None:
 
 
 def offload() -> None:
-    for storage in STORAGES:
+    for storage in storages():
         for pinned in {False, DEVICE.type == "cuda"}:
             check_steps(storage, offload_policy=CPUOffloadPolicy(pin_memory=pinned))
 
 
 def local_parts() -> None:
     rank, world = dist.get_rank(), dist.get_world_size()
-    for storage in STORAGES:
+    for storage in storages():
         alone, model = model_of(storage), shard(model_of(storage))
         for layer, other in zip(packed_layers(model), packed_layers(alone), strict=True):
             parts = torch.chunk(other.weight.data, world)
@@ -152,7 +164,7 @@ def local_parts() -> None:
 
 
 def full_state() -> None:
-    for storage in STORAGES:
+    for storage in storages():
         alone, model = model_of(storage), shard(model_of(storage))
         expected = alone.state_dict()
         step(model)
@@ -177,7 +189,7 @@ def other_model(storage: torch.dtype) -> torch.nn.Module:
 
 
 def loading() -> None:
-    for storage in STORAGES:
+    for storage in storages():
         alone = model_of(storage)
         model = other_model(storage)
         assert not model.load_state_dict(shard(model_of(storage)).state_dict()).missing_keys
@@ -194,7 +206,7 @@ def broadcast() -> None:
     """The statistics do not get to the other processes, which must not go unnoticed there."""
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     first = dist.get_rank() == 0
-    for storage in STORAGES:
+    for storage in storages():
         state = model_of(storage).state_dict() if first else {}
         refusal = contextlib.nullcontext() if first else pytest.raises(RuntimeError, match=r"weight\.absmax")
         with refusal:
@@ -202,7 +214,7 @@ def broadcast() -> None:
 
 
 def checkpoint(folder: Path) -> None:
-    for storage in STORAGES:
+    for storage in storages():
         place = folder / f"checkpoint-{DEVICE.type}-{storage}"
         dcp.save(get_model_state_dict(shard(model_of(storage))), checkpoint_id=place)
         model = other_model(storage)
@@ -213,7 +225,7 @@ def checkpoint(folder: Path) -> None:
 
 
 def conversions() -> None:
-    for storage in STORAGES:
+    for storage in storages():
         model = shard(model_of(storage))
         alone = model_of(storage)
         for each in (model, alone):
@@ -225,7 +237,7 @@ def conversions() -> None:
 
 
 def from_meta() -> None:
-    for storage in STORAGES:
+    for storage in storages():
         model = model_of(storage)
         for layer in packed_layers(model):
             layer.weight = layer.weight.to("meta")
@@ -235,7 +247,7 @@ def from_meta() -> None:
 
 
 def copies() -> None:
-    for storage in STORAGES:
+    for storage in storages():
         layer = copy.deepcopy(model_of(storage)[1])
         assert isinstance(layer.weight, Params4bit)
         sharded = shard(model_of(storage))[1].weight

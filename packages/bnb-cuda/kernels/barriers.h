@@ -60,14 +60,18 @@ __device__ __forceinline__ void arrive_as_warp(uint64_t* barrier, int lane) {
 #endif
 }
 
-// Arrives at the same barrier of another thread block of the cluster.
-__device__ __forceinline__ void arrive_at(uint64_t* barrier, int rank) {
+// Where the same barrier of another thread block of the cluster lies.
+__device__ __forceinline__ unsigned address_at(const uint64_t* barrier, int rank) {
+  unsigned there = 0;
 #if BNB_BULK_COPIES
-  asm volatile(
-      "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\nmbarrier.arrive.shared::cluster.b64 _, "
-      "[there];\n}\n" ::"r"(shared_address(barrier)),
-      "r"(rank)
-      : "memory");
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(shared_address(barrier)), "r"(rank));
+#endif
+  return there;
+}
+
+__device__ __forceinline__ void arrive_at(unsigned address) {
+#if BNB_BULK_COPIES
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(address) : "memory");
 #endif
 }
 
@@ -108,6 +112,18 @@ __device__ __forceinline__ void copy_bulk(void* to, const void* from, int bytes,
                : "memory");
 #endif
 }
+
+// The parities of the passes through a ring of stages, for loops that are written out so that they know the slot.
+struct RingParities {
+  unsigned bits = 0;
+
+  // The parity of this pass through a slot; the next question is about the next one.
+  __device__ __forceinline__ int next(int slot) {
+    const int parity = static_cast<int>(bits >> slot & 1u);
+    bits ^= 1u << slot;
+    return parity;
+  }
+};
 
 // A place in a ring of stages, and the parity of the pass through it.
 template <int kStages>

@@ -17,7 +17,7 @@ __device__ __forceinline__ void release_stage(uint64_t* drained, int lane) {
       arrive(drained);
     }
   } else if (lane < kCluster) {
-    arrive_at(drained, lane);
+    arrive_at(address_at(drained, lane));
   }
 }
 

@@ -18,6 +18,9 @@ template <class T>
 constexpr int kOwn = 16 / sizeof(T);
 // Values of a lane that are on their way at once.
 constexpr int kInTurn = 32;
+// From this block size on, each block that a group of lanes decodes in turn has a lane of its own.
+constexpr int kLeastSharedShift = 5;
+static_assert(kInTurn <= 1 << kLeastSharedShift, "a group of lanes decodes more blocks than it has lanes");
 
 // The values of as many halves of bytes. All lanes of a group must call this together.
 template <class T, int kCount>
@@ -79,11 +82,26 @@ __global__ void __launch_bounds__(kThreads)
     const int64_t begin = tile + group * (kLanes * kInTurn) + lane * kOwn<T>;
     unsigned words[kUnroll];
     float scales[kUnroll];
+    if (kNested && kUnroll > 4 && block_shift >= kLeastSharedShift) {
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      const int64_t first = begin + u * kPerGroup;
-      words[u] = load_codes<kOwn<T>>(packed, first, count);
-      scales[u] = first < count ? scale_of(first >> block_shift) : 0.0f;
+      for (int u = 0; u < kUnroll; ++u) {
+        words[u] = load_codes<kOwn<T>>(packed, begin + u * kPerGroup, count);
+      }
+      // Nested statistics take several steps: each lane works out those of one block, and the others ask it. With
+      // 16-bit values, which want half as many, waiting for an answer costs more than it saves (52 us, 48 without).
+      const int64_t own = (begin - lane * kOwn<T> >> block_shift) + lane, blocks = (count - 1 >> block_shift) + 1;
+      const float scale = scale_of(own < blocks ? own : blocks - 1);
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) {
+        scales[u] = shuffle(scale, u * kPerGroup + lane * kOwn<T> >> block_shift);
+      }
+    } else {
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) {
+        const int64_t first = begin + u * kPerGroup;
+        words[u] = load_codes<kOwn<T>>(packed, first, count);
+        scales[u] = first < count ? scale_of(first >> block_shift) : 0.0f;
+      }
     }
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {

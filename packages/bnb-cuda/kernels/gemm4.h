@@ -68,9 +68,10 @@ __device__ __forceinline__ unsigned decode_pair(const unsigned char* table, unsi
 
 // The pair of one of the four bytes of a word in a spread table; `selector` is that of this byte.
 __device__ __forceinline__ unsigned spread_selector(int byte) { return 0x5504u | byte << 4; }
-__device__ __forceinline__ unsigned decode_spread(const unsigned char* table, unsigned lane_offset, unsigned word,
-                                                  unsigned selector) {
-  return *reinterpret_cast<const unsigned*>(table + __byte_perm(word, lane_offset, selector));
+template <class Pair = unsigned>
+__device__ __forceinline__ Pair decode_spread(const unsigned char* table, unsigned lane_offset, unsigned word,
+                                              unsigned selector) {
+  return *reinterpret_cast<const Pair*>(table + __byte_perm(word, lane_offset, selector));
 }
 
 // d += a @ b for one 16 x 8 x 16 tile.

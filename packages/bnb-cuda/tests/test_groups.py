@@ -58,7 +58,7 @@ def test_wide_4bit(n, k, quant_type, blocksize, nested, dtype, monkeypatch):
     packed, state = F.quantize_4bit(weight, quant_type=quant_type, blocksize=blocksize, compress_statistics=nested)
     # Decoded values are rounded as those of a dequantized weight.
     exact = F.dequantize_4bit(packed, state).double()
-    for rows in (1, 100, 129, 256, 257, 513):
+    for rows in (1, 100, 129, 256, 257, 513, 1000):
         x = torch.randn(rows, k, device="cuda", dtype=dtype)
         bias = torch.randn(n, device="cuda", dtype=dtype) if rows % 2 else None
         truth = x.double() @ exact.t() + (0 if bias is None else bias.double())

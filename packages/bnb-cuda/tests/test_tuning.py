@@ -52,7 +52,7 @@ def test_more_rows_never_dequantize_early():
         (256, 4096, 4096, Path.GROUPS),
         (256, 6144, 4096, Path.GROUPS),
         (512, 14336, 4096, Path.WIDE),
-        (1024, 14336, 4096, Path.DEQUANTIZE),
+        (1024, 14336, 4096, Path.WIDE),
         (1024, 28672, 8192, Path.WIDE),
         (1024, 4096, 14336, Path.WIDE),
         (2048, 28672, 8192, Path.DEQUANTIZE),

@@ -103,17 +103,21 @@ def pieces(total: int, size: int) -> int:
 #: Microseconds that a tile takes for its 64 (wide) or 128 (groups) columns of a stage, that pass before and after,
 #: and that a cluster takes to sum; bytes and operations per microsecond of the library's way.
 WIDE_STAGE, GROUPS_STAGE, START, CLUSTER_SUM = 0.86, 1.15, 5.0, 3.0
+#: What half a wide tile takes of the time of a whole one.
+WIDE_HALF = 0.7
 LIBRARY_BYTES, LIBRARY_OPERATIONS = 2.9e6, 0.72e9
 
 
 def estimated_times(rows: int, n: int, k: int, split: int, processors: int) -> dict[Path, float]:
     """Microseconds of the ways to multiply many rows, fitted to measurements on an H100.
 
-    Tiles come in rounds over the multiprocessors, each as long as a full one. The library's way writes the
-    dequantized weight and reads it again.
+    Tiles come in rounds over the multiprocessors, each as long as a full one; wide tiles that fill no more than half
+    of the last round are halved. The library's way writes the dequantized weight and reads it again.
     """
     wide_tiles = pieces(n, 2 * TILE_ROWS) * pieces(rows, TILE_TOKENS_WIDE)
-    wide_stages = pieces(wide_tiles, processors // 2) * pieces(k, TILE_STEP // 2)
+    rounds, rest = divmod(wide_tiles, processors // 2)
+    last_round = 0.0 if rest == 0 else WIDE_HALF if 2 * rest <= processors // 2 else 1.0
+    wide_stages = (rounds + last_round) * pieces(k, TILE_STEP // 2)
     tiles = pieces(n, TILE_ROWS) * pieces(rows, TILE_TOKENS_GROUPS)
     stages = pieces(tiles * split, processors) * pieces(k, TILE_STEP * split)
     moving, multiplying = 2 * n * k / LIBRARY_BYTES, 2 * rows * n * k / LIBRARY_OPERATIONS
