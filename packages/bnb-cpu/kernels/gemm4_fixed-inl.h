@@ -1,10 +1,11 @@
 // Few rows of half-precision activations times a 4-bit weight in 16-bit integers, on AVX2: a look-up of bytes finds 32
 // values at a time where one of floats finds 8, and a multiplication takes 16.
 //
-// Both sides are rounded to multiples of a unit, of magnitudes up to 2^14. Those of the weight belong to its codebook,
-// and err by no more than 7.1e-5 of a value. Activations have a unit for each group of theirs, the power of two with
-// which the largest has 14 bits. A group of which that leaves too little is taken twice, the second time with what the
-// rounding left, in units of its own; see FixedActivations.
+// Both sides are integers of up to 2^14. The values of a codebook err by no more than 7.1e-5 of themselves. Activations
+// count in units, one for each group of theirs: the power of two with which the largest has 14 bits. Of those that are
+// not zero, at least three quarters of a group end up closer than rounding to their type could bring them, and the
+// others closer than 2^-14 of the largest; where one stretch of integers does not reach that, arrange_fixed has a
+// second one for what the first leaves, and rows that are still worse off stay with floats.
 #pragma once
 
 #include "gemm4_dot-inl.h"
@@ -131,8 +132,9 @@ class FixedGroup {
     return *this;
   }
 
-  // Writes the values as multiples of their unit, which is written behind them for both sides of the products, and
-  // keeps what is left of them. False, and nothing written, if one is not finite or all are too small for a unit.
+  // Writes the values as multiples of their unit and behind them, for all lanes, this unit times that of the codebook.
+  // Keeps what the values have beyond that. False, with zeros written, if one is not finite or all are too small for
+  // the product of the units.
   bool round(float code_unit, FixedDot::Word* out) {
     I32 most = splat(0);
     for (int i = 0; i < 8; ++i) {
@@ -140,6 +142,7 @@ class FixedGroup {
     }
     const int32_t most_bits = reduce_max(most), exponent = most_bits >> 23;
     if (exponent == 0xff || (exponent < kLeastExponent && most_bits != 0)) {
+      memset(out, 0, FixedDot::kGroupWords * sizeof *out);
       return false;
     }
     const int32_t unit_exponent = most_bits == 0 ? 127 : exponent - (kFixedBits - 1);
@@ -155,7 +158,7 @@ class FixedGroup {
     return true;
   }
 
-  // Whether of the values `from`, those that are not zero, more than a quarter are off by more than T rounds.
+  // Whether more than a quarter of the values that are not zero, which came from `from`, lack more than T rounds.
   template <class T>
   bool coarse(const T* from) const {
     I32 balance = splat(0);
@@ -168,7 +171,7 @@ class FixedGroup {
   }
 
  private:
-  // The unit of both sides is a normal number.
+  // The product of the units is a normal number.
   static constexpr int32_t kLeastExponent = 1 + (kFixedBits - 1) + kFixedBits;
 
   // In the order in which codes are decoded: in each half of the first two vectors eight of the even elements, in the
@@ -191,10 +194,10 @@ class FixedGroup {
   F32 rest_[8];
 };
 
-// Arranges rows of activations for FixedDot: groups, all rows of each, and behind those of whole rows the groups that
-// are taken again. `again` gets the elements at which these begin, as many as are returned. A group is taken again when
-// in some row rounding leaves too much of more than a quarter of it, as where one activation is far larger than the
-// others. If that is too little still, or not every activation has a unit, the row is left to another kernel.
+// Arranges rows of activations for FixedDot: group by group, all rows of each, and behind the last the groups that are
+// multiplied once more. These are the groups that are coarse in some row, as where one activation is far larger than
+// the others. Returns their number, and in `again` the elements that they begin at. left[m] says that row m cannot be
+// had in this way: it is still coarse then, or not finite, or too small.
 template <int kActs, class T>
 int64_t arrange_fixed(const T* from, int64_t width, float code_unit, FixedDot::Word* out, int64_t* again, bool* left) {
   constexpr int64_t kWords = FixedDot::kGroupWords;
@@ -209,8 +212,8 @@ int64_t arrange_fixed(const T* from, int64_t width, float code_unit, FixedDot::W
     for (int m = 0; m < kActs; ++m) {
       const T* const row = from + m * width + k;
       const bool rounded = groups[m].load(row).round(code_unit, out + m * kWords);
-      coarse[m] = rounded && groups[m].coarse(row);
       left[m] = left[m] || !rounded;
+      coarse[m] = rounded && groups[m].coarse(row);
       any = any || coarse[m];
     }
     if (!any) {
@@ -232,7 +235,7 @@ int64_t arrange_fixed(const T* from, int64_t width, float code_unit, FixedDot::W
 
 // Most rows of activations that share a decoded weight, and that are multiplied here.
 constexpr int kFixedActs = 8;
-constexpr int64_t kFixedRows = 16;
+constexpr int64_t kFixedRows = 24;
 
 template <class T, class Store>
 void multiply_fixed(const Weight4& weight, const T* a, int64_t count, int threads, const Store& store) {
