@@ -41,7 +41,8 @@ void arrange_plain(const T* from, int64_t width, int m, float* out) {
 
 // --- float ---------------------------------------------------------------------------------------------
 
-// Each kind says how many words a group of one row of activations takes, and whether rows consist of whole groups.
+// Each kind says how many words a group of one row of activations takes, and whether rows consist of whole groups, of
+// which some are multiplied once more.
 struct FloatDot {
   using Word = float;
   static constexpr int64_t kGroupWords = kGroup;
@@ -329,7 +330,7 @@ void dot_chunk(const Dot& dot, const Weight4& weight, int64_t row, int64_t k, in
 // store(row, count, m, sums) takes the products of `count` weight rows with row m of the activations; sums has room
 // for kDotBlock.
 template <class Dot, int kActs, class Store>
-void dot_weight(const Weight4& weight, const typename Dot::Word* acts, Repeats repeats, int threads,
+void dot_weight(const Weight4& weight, const typename Dot::Word* acts, [[maybe_unused]] Repeats repeats, int threads,
                 const Store& store) {
   constexpr int kWeights = Dot::template weights<kActs>();
   constexpr int64_t kWords = Dot::kGroupWords * kActs;
@@ -364,8 +365,10 @@ void dot_weight(const Weight4& weight, const typename Dot::Word* acts, Repeats r
       for (int64_t k = 0; k < weight.width; k += kStretch) {
         add(k, min_of(kStretch, weight.width - k), acts + k / kGroup * kWords);
       }
-      for (int64_t i = 0; i < repeats.count; ++i) {
-        add(repeats.elements[i], kGroup, acts + (weight.padded_width() / kGroup + i) * kWords);
+      if constexpr (Dot::kWholeGroups) {
+        for (int64_t i = 0; i < repeats.count; ++i) {
+          add(repeats.elements[i], kGroup, acts + (weight.padded_width() / kGroup + i) * kWords);
+        }
       }
       for (int m = 0; m < kActs; ++m) {
         float sums[kDotBlock];

@@ -194,22 +194,27 @@ class FixedGroup {
   F32 rest_[8];
 };
 
-// Arranges rows of activations for FixedDot: group by group, all rows of each, and behind the last the groups that are
-// multiplied once more. These are the groups that are coarse in some row, as where one activation is far larger than
-// the others. Returns their number, and in `again` the elements that they begin at. left[m] says that row m cannot be
-// had in this way: it is still coarse then, or not finite, or too small.
-template <int kActs, class T>
-int64_t arrange_fixed(const T* from, int64_t width, float code_unit, FixedDot::Word* out, int64_t* again, bool* left) {
+// Most rows of activations that share a decoded weight, and that are multiplied here.
+constexpr int kFixedActs = 8;
+constexpr int64_t kFixedRows = 24;
+
+// Arranges `acts` rows of activations for FixedDot: group by group, all rows of each, and behind the last the groups
+// that are multiplied once more. These are the groups that are coarse in some row, as where one activation is far
+// larger than the others. Returns their number, and in `again` the elements that they begin at. left[m] says that row m
+// cannot be had in this way: it is still coarse then, or not finite, or too small.
+template <class T>
+int64_t arrange_fixed(const T* from, int64_t width, int acts, float code_unit, FixedDot::Word* out, int64_t* again,
+                      bool* left) {
   constexpr int64_t kWords = FixedDot::kGroupWords;
-  FixedDot::Word* next = out + width / kGroup * kActs * kWords;
+  FixedDot::Word* next = out + width / kGroup * acts * kWords;
   int64_t count = 0;
-  for (int m = 0; m < kActs; ++m) {
+  for (int m = 0; m < acts; ++m) {
     left[m] = false;
   }
-  for (int64_t k = 0; k < width; k += kGroup, out += kActs * kWords) {
-    FixedGroup groups[kActs];
-    bool coarse[kActs], any = false;
-    for (int m = 0; m < kActs; ++m) {
+  for (int64_t k = 0; k < width; k += kGroup, out += acts * kWords) {
+    FixedGroup groups[kFixedActs];
+    bool coarse[kFixedActs], any = false;
+    for (int m = 0; m < acts; ++m) {
       const T* const row = from + m * width + k;
       const bool rounded = groups[m].load(row).round(code_unit, out + m * kWords);
       left[m] = left[m] || !rounded;
@@ -219,7 +224,7 @@ int64_t arrange_fixed(const T* from, int64_t width, float code_unit, FixedDot::W
     if (!any) {
       continue;
     }
-    for (int m = 0; m < kActs; ++m) {
+    for (int m = 0; m < acts; ++m) {
       FixedDot::Word* const to = next + m * kWords;
       if (!coarse[m]) {
         memset(to, 0, kWords * sizeof *to);
@@ -227,15 +232,11 @@ int64_t arrange_fixed(const T* from, int64_t width, float code_unit, FixedDot::W
         left[m] = true;
       }
     }
-    next += kActs * kWords;
+    next += acts * kWords;
     again[count++] = k;
   }
   return count;
 }
-
-// Most rows of activations that share a decoded weight, and that are multiplied here.
-constexpr int kFixedActs = 8;
-constexpr int64_t kFixedRows = 24;
 
 template <class T, class Store>
 void multiply_fixed(const Weight4& weight, const T* a, int64_t count, int threads, const Store& store) {
@@ -261,7 +262,7 @@ void multiply_fixed(const Weight4& weight, const T* a, int64_t count, int thread
   for (; first < count; first += piece) {
     with_count<kFixedActs>(min_of(piece, count - first), [&](auto rows) {
       constexpr int kActs = decltype(rows)::value;
-      const int64_t repeats = arrange_fixed<kActs>(a + first * width, width, code_unit, acts, again, left + first);
+      const int64_t repeats = arrange_fixed(a + first * width, width, kActs, code_unit, acts, again, left + first);
       dot_weight<FixedDot, kActs>(weight, acts, Repeats{again, repeats}, threads, store_row);
     });
   }
