@@ -1,6 +1,6 @@
 // Products with a 4-bit weight. Few rows of activations go through gemm4_dot-inl.h or gemm4_fixed-inl.h; for more,
-// panels of the weight are decoded into the cache and multiplied there, so that a code is looked up once per few hundred
-// rows. The decoded weight as a whole never exists.
+// panels of the weight are decoded into the cache and multiplied there, so that a code is looked up once per few
+// hundred rows. The decoded weight as a whole never exists.
 #pragma once
 
 #include "gemm4_operands-inl.h"
