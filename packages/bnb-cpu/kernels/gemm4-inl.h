@@ -1,9 +1,8 @@
-// Products with a 4-bit weight. Few rows of activations go through gemm4_dot-inl.h; for more, panels of the
-// weight are decoded into the cache and multiplied there, so that a code is looked up once per few hundred
-// rows. The decoded weight as a whole never exists.
+// Products with a 4-bit weight. Few rows of activations go through gemm4_dot-inl.h or gemm4_fixed-inl.h; for more,
+// panels of the weight are decoded into the cache and multiplied there, so that a code is looked up once per few
+// hundred rows. The decoded weight as a whole never exists.
 #pragma once
 
-#include "gemm4_dot-inl.h"
 #include "gemm4_operands-inl.h"
 #include "table.h"
 
@@ -87,7 +86,7 @@ void multiply_4bit(const Weight4& weight, const T* a, int64_t count, Bias bias, 
     return;
   }
   using Operands = typename OperandsOf<T>::type;
-  const int64_t few = rows_apart<typename Operands::Product::Tile>(count, Operands::kFewRows);
+  const int64_t few = rows_apart<typename Operands::Product::Tile>(count, few_rows<T>(weight));
   const int64_t many = count - few, features = weight.rows;
   if (many > 0) {
     multiply_many(weight, a, many, threads,

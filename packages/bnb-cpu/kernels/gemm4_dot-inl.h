@@ -41,8 +41,12 @@ void arrange_plain(const T* from, int64_t width, int m, float* out) {
 
 // --- float ---------------------------------------------------------------------------------------------
 
+// Each kind says how many words a group of one row of activations takes, and whether rows consist of whole groups, of
+// which some are multiplied once more.
 struct FloatDot {
   using Word = float;
+  static constexpr int64_t kGroupWords = kGroup;
+  static constexpr bool kWholeGroups = false;
 
   // Rows of the weight that are multiplied together, for as many sums as there are registers.
   template <int kActs>
@@ -130,6 +134,8 @@ BNB_FN void add_products(F32 (&sums)[kWeights][kActs], const __m512i (&weights)[
 // activations does, and two products are added at a time in float.
 struct BFloat16Dot {
   using Word = uint16_t;
+  static constexpr int64_t kGroupWords = kGroup;
+  static constexpr bool kWholeGroups = false;
 
   template <int kActs>
   static constexpr int weights() {
@@ -203,6 +209,8 @@ struct BFloat16Dot {
 // rounded from its product with absmax. Each half of a group lies in one block.
 struct ScaledBFloat16Dot {
   using Word = uint16_t;
+  static constexpr int64_t kGroupWords = kGroup;
+  static constexpr bool kWholeGroups = false;
 
   template <int kActs>
   static constexpr int weights() {
@@ -259,9 +267,15 @@ constexpr int64_t kDotBlock = 16;
 // Most statistics of a block of rows that are expanded together, with room for a block at each end.
 constexpr int64_t kBlockScales = 4096 + 2;
 
+// Groups that are multiplied once more: the elements that they begin at. Their activations follow those of whole rows.
+struct Repeats {
+  const int64_t* elements;
+  int64_t count;
+};
+
 // Adds the products over elements [k, k + count) of kWeights weight rows, in grouped order, to
 // totals[m * kDotBlock + r]. A stretch is too short for the processor to foresee it in the next rows.
-// `expanded`: the statistics of these rows, or null.
+// `expanded`: the statistics of these rows, or null. `acts`: the activations from element k on.
 template <class Dot, int kWeights, int kActs>
 void dot_chunk(const Dot& dot, const Weight4& weight, int64_t row, int64_t k, int64_t count, const Scales4* expanded,
                const typename Dot::Word* acts, F32* totals) {
@@ -278,8 +292,9 @@ void dot_chunk(const Dot& dot, const Weight4& weight, int64_t row, int64_t k, in
       sums[r][m] = totals[m * kDotBlock + r];
     }
   }
+  constexpr int64_t kWords = Dot::kGroupWords * kActs;
   const int64_t whole = count / kGroup * kGroup, ahead = prefetch_distance(kWeights * weight.width / 2);
-  for (int64_t at = 0; at < whole; at += kGroup) {
+  for (int64_t at = 0; at < whole; at += kGroup, acts += kWords) {
     I32 codes[kWeights];
     typename Dot::Factor factors[kWeights];
 #pragma GCC unroll 4
@@ -288,18 +303,20 @@ void dot_chunk(const Dot& dot, const Weight4& weight, int64_t row, int64_t k, in
       prefetch(from[r] + at / 2, ahead);
       factors[r] = dot.factor(scales[r], (row + r) * weight.width + k + at);
     }
-    dot.template group<kWeights, kActs>(sums, codes, factors, acts + (k + at) * kActs);
+    dot.template group<kWeights, kActs>(sums, codes, factors, acts);
   }
-  if (whole < count) {
-    // Lanes beyond the row hold code 0, activations of zero and a scale of zero.
-    const int64_t dwords = (count - whole) / 8;
-    I32 codes[kWeights];
-    typename Dot::Factor factors[kWeights];
-    for (int r = 0; r < kWeights; ++r) {
-      codes[r] = load_dwords(from[r] + whole / 2, dwords);
-      factors[r] = dot.factor(scales[r], (row + r) * weight.width + k + whole, dwords);
+  if constexpr (!Dot::kWholeGroups) {
+    if (whole < count) {
+      // Lanes beyond the row hold code 0, activations of zero and a scale of zero.
+      const int64_t dwords = (count - whole) / 8;
+      I32 codes[kWeights];
+      typename Dot::Factor factors[kWeights];
+      for (int r = 0; r < kWeights; ++r) {
+        codes[r] = load_dwords(from[r] + whole / 2, dwords);
+        factors[r] = dot.factor(scales[r], (row + r) * weight.width + k + whole, dwords);
+      }
+      dot.template group<kWeights, kActs>(sums, codes, factors, acts);
     }
-    dot.template group<kWeights, kActs>(sums, codes, factors, acts + (k + whole) * kActs);
   }
 #pragma GCC unroll 4
   for (int r = 0; r < kWeights; ++r) {
@@ -313,10 +330,12 @@ void dot_chunk(const Dot& dot, const Weight4& weight, int64_t row, int64_t k, in
 // store(row, count, m, sums) takes the products of `count` weight rows with row m of the activations; sums has room
 // for kDotBlock.
 template <class Dot, int kActs, class Store>
-void dot_weight(const Weight4& weight, const typename Dot::Word* acts, int threads, const Store& store) {
+void dot_weight(const Weight4& weight, const typename Dot::Word* acts, [[maybe_unused]] Repeats repeats, int threads,
+                const Store& store) {
   constexpr int kWeights = Dot::template weights<kActs>();
+  constexpr int64_t kWords = Dot::kGroupWords * kActs;
   // A stretch of the activations takes at most half of a first-level cache of 32 KiB.
-  constexpr int64_t kFit = 16384 / (kActs * static_cast<int64_t>(sizeof(typename Dot::Word))) / kGroup * kGroup;
+  constexpr int64_t kFit = 16384 / (kWords * static_cast<int64_t>(sizeof(typename Dot::Word))) * kGroup;
   constexpr int64_t kStretch = kFit < kChunk ? kFit : kChunk;
   const int64_t units = ceil_divide(weight.rows, kDotBlock);
   const int64_t parts = parts_of(threads, units, weight.rows * weight.width * kActs);
@@ -334,14 +353,21 @@ void dot_weight(const Weight4& weight, const typename Dot::Word* acts, int threa
       const bool together = (rows * weight.width >> weight.shift) + 2 <= kBlockScales;
       const Scales4 scales = together ? scales_of(weight, first, 0, rows * weight.width, buffer) : Scales4{};
       const Scales4* const expanded = together ? &scales : nullptr;
-      for (int64_t k = 0; k < weight.width; k += kStretch) {
-        const int64_t count = min_of(kStretch, weight.width - k);
+      const auto add = [&](int64_t k, int64_t count, const typename Dot::Word* from) {
         int64_t r = 0;
         for (; r + kWeights <= rows; r += kWeights) {
-          dot_chunk<Dot, kWeights, kActs>(dot, weight, first + r, k, count, expanded, acts, totals + r);
+          dot_chunk<Dot, kWeights, kActs>(dot, weight, first + r, k, count, expanded, from, totals + r);
         }
         for (; r < rows; ++r) {
-          dot_chunk<Dot, 1, kActs>(dot, weight, first + r, k, count, expanded, acts, totals + r);
+          dot_chunk<Dot, 1, kActs>(dot, weight, first + r, k, count, expanded, from, totals + r);
+        }
+      };
+      for (int64_t k = 0; k < weight.width; k += kStretch) {
+        add(k, min_of(kStretch, weight.width - k), acts + k / kGroup * kWords);
+      }
+      if constexpr (Dot::kWholeGroups) {
+        for (int64_t i = 0; i < repeats.count; ++i) {
+          add(repeats.elements[i], kGroup, acts + (weight.padded_width() / kGroup + i) * kWords);
         }
       }
       for (int m = 0; m < kActs; ++m) {
@@ -404,7 +430,7 @@ void dot_arranged(const Weight4& weight, const T* a, int64_t count, int threads,
     for (int m = 0; m < kActs; ++m) {
       Dot::template arrange<kActs>(a + m * weight.width, weight.width, m, acts);
     }
-    dot_weight<Dot, kActs>(weight, acts, threads, store);
+    dot_weight<Dot, kActs>(weight, acts, Repeats{}, threads, store);
   });
 }
 

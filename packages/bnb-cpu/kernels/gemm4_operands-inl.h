@@ -1,7 +1,7 @@
 // The two sides of a product with a 4-bit weight in the words of gemm-inl.h.
 #pragma once
 
-#include "gemm4_dot-inl.h"
+#include "gemm4_fixed-inl.h"
 #ifdef BNB_AMX
 #include "gemm_amx-inl.h"
 #endif
@@ -258,6 +258,17 @@ struct OperandsOf<bnb::BFloat16> {
   using type = BFloat16Operands;
 };
 #endif
+
+// Most rows of activations that multiply_few takes.
+template <class T>
+int64_t few_rows([[maybe_unused]] const Weight4& weight) {
+#ifdef BNB_FIXED_DOT
+  if (sizeof(T) == 2 && FixedDot::takes(weight)) {
+    return kFixedRows;
+  }
+#endif
+  return OperandsOf<T>::type::kFewRows;
+}
 
 }  // namespace BNB_ISA
 }  // namespace bnb_cpu

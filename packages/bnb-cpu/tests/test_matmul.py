@@ -42,6 +42,7 @@ WEIGHTS = (
     (17, 192, 16),
     (40, 576, 64),
     (18, 576, 8),
+    (21, 320, 128),
     (200, 72, 32),
     (18, 200, 128),
     (10, 520, 2**62),
@@ -121,12 +122,13 @@ def test_products(isa: str, shape: tuple[int, int], blocksize: int, generator: t
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", [1, 5, 16, 40])
+@pytest.mark.parametrize("width", [576, 584])
 def test_threads_do_not_change_bits(
-    isa: str, threads: int, rows: int, dtype: torch.dtype, generator: torch.Generator
+    isa: str, threads: int, width: int, rows: int, dtype: torch.dtype, generator: torch.Generator
 ) -> None:
     # Large enough to be split, with a rest.
-    weight = Weight((1030, 584), 64, "nf4", True, generator)
-    A = torch.randn(rows, 584, generator=generator).to(dtype)
+    weight = Weight((1030, width), 64, "nf4", True, generator)
+    A = torch.randn(rows, width, generator=generator).to(dtype)
     G = torch.randn(rows, 1030, generator=generator).to(dtype)
     results = weight.times(A), weight.times_transposed(G)
     assert_product(results[0], A, weight.exact().t())
@@ -179,7 +181,7 @@ def test_layouts(isa: str, rows: int, dtype: torch.dtype, generator: torch.Gener
         weight.packed = weight.packed.reshape(-1).view(torch.uint8)
 
 
-@pytest.mark.parametrize("shape", [(16, 72), (5, 33), (7, 128)])
+@pytest.mark.parametrize("shape", [(16, 72), (5, 33), (7, 128), (20, 192)])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("rows", [1, 3, 8, 20])
@@ -204,14 +206,36 @@ def test_not_finite(
     assert torch.equal(weight.times_transposed(G).isfinite(), truth.isfinite())
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 4, 9])
+def test_outliers(isa: str, rows: int, dtype: torch.dtype, generator: torch.Generator) -> None:
+    """Activations far larger than their neighbours do not spoil these, whether the weight is zero there or not."""
+    weight = Weight((9, 576), 64, "nf4", True, generator)
+    A = torch.randn(rows, 576, generator=generator)
+    A[:, 10::64] *= 1e4
+    A = A.to(dtype)
+    assert_product(weight.times(A), A, weight.exact().t())
+    codes = weight.packed.view(9, 288)
+    codes[:, 5::32] = 7 << 4 | codes[:, 5::32] & 15
+    assert bool((weight.exact()[:, 10::64] == 0).all())
+    assert_product(weight.times(A), A, weight.exact().t())
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(7, 64), (30, 200), (3, 77)])
-def test_any_table(isa: str, shape: tuple[int, int], dtype: torch.dtype, generator: torch.Generator) -> None:
-    weight = Weight(shape, 16, "nf4", False, generator)
-    code = torch.randn(16, generator=generator)
+@pytest.mark.parametrize(("shape", "blocksize"), [((7, 64), 16), ((7, 64), 64), ((30, 200), 16), ((3, 77), 16)])
+def test_any_table(
+    isa: str, shape: tuple[int, int], blocksize: int, dtype: torch.dtype, generator: torch.Generator
+) -> None:
+    weight = Weight(shape, blocksize, "nf4", False, generator)
     A = torch.randn(1, shape[1], generator=generator).to(dtype)
-    exact = decode_4bit(weight.packed, code, weight.absmax, 16, shape).double().t()
-    arguments = (A, weight.packed, shape, weight.absmax, code, 16)
+    assert_product(
+        OPERATIONS.gemv_4bit(A, weight.packed, shape, weight.absmax, code_4bit("nf4", CPU), blocksize),
+        A,
+        weight.exact().t(),
+    )
+    code = torch.randn(16, generator=generator)
+    exact = decode_4bit(weight.packed, code, weight.absmax, blocksize, shape).double().t()
+    arguments = (A, weight.packed, shape, weight.absmax, code, blocksize)
     assert_product(OPERATIONS.gemv_4bit(*arguments), A, exact)
     # A value that no weight has must not show, nor must one in front of a row's end.
     used = torch.unique(torch.cat((weight.packed >> 4, weight.packed & 15)))
