@@ -146,7 +146,8 @@ struct Table256 {
     }
   }
 };
-BNB_FN F32 lookup(const Table256& table, I32 index) {
+BNB_FN F32 lookup(const Table256& table, const uint8_t* bytes) {
+  const I32 index = load_bytes(bytes);
   __m512 part[8];
   for (int i = 0; i < 8; ++i) {
     part[i] = _mm512_permutex2var_ps(table.entries[2 * i], index.v, table.entries[2 * i + 1]);
