@@ -16,7 +16,8 @@ class Codebook {
  public:
   // Values in a block, at most.
   static constexpr int kBlock = 256;
-  static constexpr bool kDecodesVectors = true;
+  // Whether codes are decoded a vector at a time as well, by decode_some.
+  static constexpr bool kDecodesVectors = false;
 
   void prepare(const float* qmap) {
     memcpy(values_, qmap, sizeof values_);
@@ -37,18 +38,16 @@ class Codebook {
 
   // `values` has room for a whole block.
   void decode(const uint8_t* codes, float absmax, int count, float* values) const {
+    const Table256 table(values_);
+    const F32 scale = splat(absmax);
     int i = 0;
     for (; i + kLanes <= count; i += kLanes) {
-      store(values + i, decode_some(codes + i, splat(absmax)));
+      store(values + i, lookup(table, codes + i) * scale);
     }
     for (; i < count; ++i) {
-      values[i] = decode_some(codes + i, absmax);
+      values[i] = values_[codes[i]] * absmax;
     }
   }
-
-  // The values of as many codes as `absmax` has lanes.
-  F32 decode_some(const uint8_t* codes, F32 absmax) const { return lookup(Table256(values_), codes) * absmax; }
-  float decode_some(const uint8_t* codes, float absmax) const { return values_[*codes] * absmax; }
 
   // absmax: that of the values, which are all finite. Values after the last one may be overwritten.
   void encode(float* values, float absmax, int count, uint8_t* codes) const {

@@ -11,7 +11,6 @@ class Codebook {
  public:
   // Values in a block, at most.
   static constexpr int kBlock = 256;
-  // Whether codes are decoded a vector at a time as well, by decode_some.
   static constexpr bool kDecodesVectors = false;
 
   void prepare(const float* qmap) {

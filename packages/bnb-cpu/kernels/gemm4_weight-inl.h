@@ -77,7 +77,7 @@ struct Absmax4 {
         }
 #endif
         for (; i + kLanes <= stop; i += kLanes) {
-          store(buffer + i, lookup(table, absmax_8bit + first + i) * splat(outer) + splat(offset));
+          store(buffer + i, lookup(table, load_bytes(absmax_8bit + first + i)) * splat(outer) + splat(offset));
         }
         for (; i < stop; ++i) {
           buffer[i] = bnb::nested_absmax(code[absmax_8bit[first + i]], outer, offset);

@@ -159,6 +159,7 @@ struct Table256 {
 
   explicit Table256(const float* p) : entries(p) {}
 };
+BNB_FN F32 lookup(const Table256& table, I32 index) { return {_mm256_i32gather_ps(table.entries, index.v, 4)}; }
 // Eight loads, which take half the time of a gather on AMD's Zen 3.
 BNB_FN F32 lookup(const Table256& table, const uint8_t* bytes) {
   const float* p = table.entries;

@@ -146,8 +146,7 @@ struct Table256 {
     }
   }
 };
-BNB_FN F32 lookup(const Table256& table, const uint8_t* bytes) {
-  const I32 index = load_bytes(bytes);
+BNB_FN F32 lookup(const Table256& table, I32 index) {
   __m512 part[8];
   for (int i = 0; i < 8; ++i) {
     part[i] = _mm512_permutex2var_ps(table.entries[2 * i], index.v, table.entries[2 * i + 1]);
@@ -163,6 +162,7 @@ BNB_FN F32 lookup(const Table256& table, const uint8_t* bytes) {
   }
   return {_mm512_mask_blend_ps(bit7, part[0], part[1])};
 }
+BNB_FN F32 lookup(const Table256& table, const uint8_t* bytes) { return lookup(table, load_bytes(bytes)); }
 
 }  // namespace BNB_ISA
 }  // namespace bnb_cpu

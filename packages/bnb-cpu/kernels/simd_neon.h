@@ -146,11 +146,13 @@ struct Table256 {
 
   explicit Table256(const float* p) : entries(p) {}
 };
-BNB_FN F32 lookup(const Table256& table, const uint8_t* bytes) {
+BNB_FN F32 lookup(const Table256& table, I32 index) {
   const float* p = table.entries;
-  const float values[4] = {p[bytes[0]], p[bytes[1]], p[bytes[2]], p[bytes[3]]};
+  const float values[4] = {p[vgetq_lane_s32(index.v, 0)], p[vgetq_lane_s32(index.v, 1)], p[vgetq_lane_s32(index.v, 2)],
+                           p[vgetq_lane_s32(index.v, 3)]};
   return {vld1q_f32(values)};
 }
+BNB_FN F32 lookup(const Table256& table, const uint8_t* bytes) { return lookup(table, load_bytes(bytes)); }
 
 }  // namespace BNB_ISA
 }  // namespace bnb_cpu
