@@ -5,6 +5,8 @@
 
 #if defined(__AVX512BW__)
 #include "codebook_avx512-inl.h"
+#elif defined(__AVX2__)
+#include "codebook_avx2-inl.h"
 #else
 
 namespace bnb_cpu {
@@ -14,6 +16,8 @@ class Codebook {
  public:
   // Values in a block, at most.
   static constexpr int kBlock = 256;
+  // Whether codes are decoded a vector at a time as well, by decode_some.
+  static constexpr bool kDecodesVectors = false;
 
   void prepare(const float* qmap) {
     memcpy(values_, qmap, sizeof values_);
@@ -38,7 +42,7 @@ class Codebook {
     const F32 scale = splat(absmax);
     int i = 0;
     for (; i + kLanes <= count; i += kLanes) {
-      store(values + i, lookup(table, load_bytes(codes + i)) * scale);
+      store(values + i, lookup(table, codes + i) * scale);
     }
     for (; i < count; ++i) {
       values[i] = values_[codes[i]] * absmax;

@@ -11,6 +11,7 @@ class Codebook {
  public:
   // Values in a block, at most.
   static constexpr int kBlock = 256;
+  static constexpr bool kDecodesVectors = false;
 
   void prepare(const float* qmap) {
     for (int i = 0; i < kCodes; ++i) {

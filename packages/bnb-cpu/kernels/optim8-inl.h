@@ -8,10 +8,9 @@
 namespace bnb_cpu {
 namespace BNB_ISA {
 
-// Absmax of up to kUnit values. A value that is not finite becomes zero: it would spoil the statistics of the
-// whole block for all later steps.
-inline float tame_absmax(float* values, int count) {
-  uint32_t most = absmax_bits<false>(values, count);
+// Absmax of up to kUnit values; `most`: as absmax_bits. A value that is not finite becomes zero: it would spoil the
+// statistics of the whole block for all later steps.
+inline float tame(float* values, int count, uint32_t most) {
   if (most >= 0x7f800000u) {
     for (int i = 0; i < count; ++i) {
       values[i] = bnb::magnitude_bits(values[i]) < 0x7f800000u ? values[i] : 0.0f;
@@ -20,6 +19,13 @@ inline float tame_absmax(float* values, int count) {
   }
   return bnb::float_of(most);
 }
+
+// Largest magnitudes, as bits.
+BNB_FN void raise(uint32_t& most, float value) {
+  const uint32_t bits = bnb::magnitude_bits(value);
+  most = bits > most ? bits : most;
+}
+BNB_FN void raise(I32& most, F32 value) { most = max(most, bits_of(value) & splat(0x7fffffff)); }
 
 template <class T>
 bool has_gradient(const Span<T>& span) {
@@ -31,17 +37,42 @@ bool has_gradient(const Span<T>& span) {
   return false;
 }
 
-template <bnb::Rule kRule, class V, class T>
-BNB_FN void move_one_8bit(const Span<T>& span, float (*values)[kUnit], int at, const bnb::RuleConstants<V>& constants,
-                          bool skip_zeros, const int32_t* noise) {
-  constexpr int kValues = bnb::first_values(kRule) + bnb::second_values(kRule);
+// A codebook that decodes vectors does so on the way into the rule, so that the loads of one vector's look-ups run
+// beside the root and the quotient of another; then the largest magnitude is found on the way out as well.
+template <bnb::Rule kRule, class V, class Bits, class T, int kValues>
+BNB_FN void move_one_8bit(const Span<T>& span, const Codebook* const (&codebooks)[kValues],
+                          uint8_t* const (&codes)[kValues], const V (&absmax)[kValues], float (&values)[kValues][kUnit],
+                          int at, const bnb::RuleConstants<V>& constants, bool skip_zeros, const int32_t* noise,
+                          Bits (&most)[kValues]) {
   V states[kValues];
   for (int s = 0; s < kValues; ++s) {
-    fetch(values[s] + at, states[s]);
+    if constexpr (Codebook::kDecodesVectors) {
+      states[s] = codebooks[s]->decode_some(codes[s] + at, absmax[s]);
+    } else {
+      fetch(values[s] + at, states[s]);
+    }
   }
   step_element<kRule>(span.g, span.p, states, constants, skip_zeros, noise, at);
   for (int s = 0; s < kValues; ++s) {
     deposit(values[s] + at, states[s]);
+    if constexpr (Codebook::kDecodesVectors) {
+      raise(most[s], states[s]);
+    }
+  }
+}
+
+// Asks for the unit after the next one. While a unit is encoded nothing of the others is read, and memory would wait.
+template <int kValues, class T>
+BNB_FN void prefetch_unit(const Span<T>& span, uint8_t* const (&codes)[kValues]) {
+  constexpr int kLine = 64, kAhead = 2 * kUnit;
+  for (int i = 0; i < kUnit; i += kLine / static_cast<int>(sizeof(T))) {
+    prefetch(span.g, (kAhead + i) * static_cast<int>(sizeof(T)));
+    prefetch(span.p, (kAhead + i) * static_cast<int>(sizeof(T)));
+  }
+  for (int s = 0; s < kValues; ++s) {
+    for (int i = 0; i < kUnit; i += kLine) {
+      prefetch(codes[s], kAhead + i);
+    }
   }
 }
 
@@ -49,30 +80,54 @@ template <bnb::Rule kRule, class T>
 void move_8bit(const Tensor& t, int64_t begin, int64_t end) {
   constexpr int kValues = bnb::first_values(kRule) + bnb::second_values(kRule);
   const auto vectors = constants_of<F32>(t.constants);
+  const Codebook* codebooks[kValues];
+  for (int s = 0; s < kValues; ++s) {
+    codebooks[s] = t.codebooks[s];
+  }
+  const bool skip_zeros = t.skip_zeros;
   alignas(64) float values[kValues][kUnit];
   Noise<T> noise(t);
   for (int64_t unit = begin; unit < end; ++unit) {
     const Span<T> span(t, unit);
-    if (t.skip_zeros && !has_gradient(span)) {
+    if (skip_zeros && !has_gradient(span)) {
       continue;  // Encoding again what has not changed would wear it down.
     }
     uint8_t* codes[kValues];
+    float absmax[kValues];
+    F32 wide_absmax[kValues];
+    I32 most[kValues];
+    uint32_t most_of_rest[kValues] = {};
     for (int s = 0; s < kValues; ++s) {
       codes[s] = static_cast<uint8_t*>(t.states[s]) + span.start;
-      t.codebooks[s]->decode(codes[s], t.absmax[s][unit], span.size, values[s]);
+      absmax[s] = t.absmax[s][unit];
+      wide_absmax[s] = splat(absmax[s]);
+      most[s] = splat(0);
+      if constexpr (!Codebook::kDecodesVectors) {
+        codebooks[s]->decode(codes[s], absmax[s], span.size, values[s]);
+      }
     }
     const int32_t* bits = noise.of(span.start);
     int i = 0;
     for (; i + kLanes <= span.size; i += kLanes) {
-      move_one_8bit<kRule>(span, values, i, vectors, t.skip_zeros, bits);
+      move_one_8bit<kRule>(span, codebooks, codes, wide_absmax, values, i, vectors, skip_zeros, bits, most);
     }
     for (; i < span.size; ++i) {
-      move_one_8bit<kRule>(span, values, i, t.constants, t.skip_zeros, bits);
+      move_one_8bit<kRule>(span, codebooks, codes, absmax, values, i, t.constants, skip_zeros, bits, most_of_rest);
+    }
+    if constexpr (Codebook::kDecodesVectors) {
+      prefetch_unit(span, codes);
     }
     for (int s = 0; s < kValues; ++s) {
-      const float most = tame_absmax(values[s], span.size);
-      t.absmax[s][unit] = most;
-      t.codebooks[s]->encode(values[s], most, span.size, codes[s]);
+      uint32_t largest;
+      if constexpr (Codebook::kDecodesVectors) {
+        largest = static_cast<uint32_t>(reduce_max(most[s]));
+        largest = most_of_rest[s] > largest ? most_of_rest[s] : largest;
+      } else {
+        largest = absmax_bits<false>(values[s], span.size);
+      }
+      const float tamed = tame(values[s], span.size, largest);
+      t.absmax[s][unit] = tamed;
+      codebooks[s]->encode(values[s], tamed, span.size, codes[s]);
     }
   }
 }

@@ -45,7 +45,7 @@ void decode_blocks_8bit(const uint8_t* codes, const float* absmax, const float* 
     const F32 scale = splat(absmax[block]);
     int64_t i = first;
     for (; i + kLanes <= stop; i += kLanes) {
-      put<kStream>(out + i, lookup(table, load_bytes(codes + i)) * scale);
+      put<kStream>(out + i, lookup(table, codes + i) * scale);
     }
     for (; i < stop; ++i) {
       bnb::from_float(values[codes[i]] * absmax[block], out[i]);

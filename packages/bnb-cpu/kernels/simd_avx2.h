@@ -160,6 +160,12 @@ struct Table256 {
   explicit Table256(const float* p) : entries(p) {}
 };
 BNB_FN F32 lookup(const Table256& table, I32 index) { return {_mm256_i32gather_ps(table.entries, index.v, 4)}; }
+// Eight loads, which take half the time of a gather on AMD's Zen 3.
+BNB_FN F32 lookup(const Table256& table, const uint8_t* bytes) {
+  const float* p = table.entries;
+  return {_mm256_setr_ps(p[bytes[0]], p[bytes[1]], p[bytes[2]], p[bytes[3]], p[bytes[4]], p[bytes[5]], p[bytes[6]],
+                         p[bytes[7]])};
+}
 
 }  // namespace BNB_ISA
 }  // namespace bnb_cpu

@@ -162,6 +162,7 @@ BNB_FN F32 lookup(const Table256& table, I32 index) {
   }
   return {_mm512_mask_blend_ps(bit7, part[0], part[1])};
 }
+BNB_FN F32 lookup(const Table256& table, const uint8_t* bytes) { return lookup(table, load_bytes(bytes)); }
 
 }  // namespace BNB_ISA
 }  // namespace bnb_cpu

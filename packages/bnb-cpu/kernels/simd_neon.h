@@ -152,6 +152,7 @@ BNB_FN F32 lookup(const Table256& table, I32 index) {
                            p[vgetq_lane_s32(index.v, 3)]};
   return {vld1q_f32(values)};
 }
+BNB_FN F32 lookup(const Table256& table, const uint8_t* bytes) { return lookup(table, load_bytes(bytes)); }
 
 }  // namespace BNB_ISA
 }  // namespace bnb_cpu

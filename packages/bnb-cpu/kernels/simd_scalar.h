@@ -138,13 +138,14 @@ BNB_FN F32 lookup(const Table16& table, I32 index) {
   return entry;
 }
 
-// 256 entries; index lanes are 0 to 255.
+// 256 entries; index lanes are 0 to 255, or the bytes at an address.
 struct Table256 {
   const float* entries;
 
   explicit Table256(const float* p) : entries(p) {}
 };
 BNB_FN F32 lookup(const Table256& table, I32 index) { return {table.entries[index.v]}; }
+BNB_FN F32 lookup(const Table256& table, const uint8_t* bytes) { return lookup(table, load_bytes(bytes)); }
 
 }  // namespace BNB_ISA
 }  // namespace bnb_cpu

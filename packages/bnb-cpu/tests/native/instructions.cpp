@@ -53,7 +53,7 @@ struct Data {
     values_bf16.resize(static_cast<size_t>(kCount));
     write_elements(values, kBf16, values_bf16.data());
     packed = codes;
-    code = random_code(random, 256);
+    code = dynamic_code(true);
     absmax.assign(static_cast<size_t>(kBlocks), 0.5f);
     absmax_8bit.assign(static_cast<size_t>(kBlocks), 200);
     bias.assign(static_cast<size_t>(kWidth), 0.125f);

@@ -157,4 +157,28 @@ inline std::vector<float> random_code(Random& random, int64_t size) {
   return code;
 }
 
+// The codebook of "8-bit Optimizers via Block-wise Quantization" (Dettmers et al. 2022, arXiv:2110.02861), but for the
+// rounding of some values: each decade of [1e-7, 1] has evenly spaced values, twice as many as the one below it.
+inline std::vector<float> dynamic_code(bool with_sign) {
+  std::vector<float> code{0.0f, 1.0f};
+  for (int decade = 0; decade < 7; ++decade) {
+    const int count = (with_sign ? 1 : 2) << decade;
+    for (int i = 0; i < count; ++i) {
+      const double value = (0.1 + 0.9 * (i + 0.5) / count) * std::pow(10.0, decade - 6);
+      code.push_back(static_cast<float>(value));
+      if (with_sign) {
+        code.push_back(static_cast<float>(-value));
+      }
+    }
+  }
+  std::sort(code.begin(), code.end());
+  return code;
+}
+
+// A codebook of 256 values: one that optimizers use, or a random one.
+inline std::vector<float> code_of_256(Random& random) {
+  const int64_t kind = between(random, 0, 3);
+  return kind == 0 ? random_code(random, 256) : dynamic_code(kind == 1);
+}
+
 }  // namespace testing

@@ -142,7 +142,7 @@ void check_step(Random& random, const std::vector<std::string>& isas) {
     norms.push_back(1.0);
     schedule.insert(schedule.end(), {0.01, static_cast<double>(steps.back()), 0.99, 2.0});
   }
-  const std::vector<float> first = random_code(random, 256), second = random_code(random, 256);
+  const std::vector<float> first = code_of_256(random), second = code_of_256(random);
   const bool scheduled = between(random, 0, 1) == 1, seeded = problem.dtype == 2 && between(random, 0, 1) == 1;
   const bool skip = between(random, 0, 1) == 1;
   const double clip = one_of<double>(random, {0.0, 0.02}), decay = one_of<double>(random, {0.0, 0.1});

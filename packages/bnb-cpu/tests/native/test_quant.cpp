@@ -116,7 +116,8 @@ void check_dequantize_4bit(const Call& call, Random& random) {
 
 void check_blockwise(Call call, const std::vector<float>& x, Random& random) {
   call.blocksize = between(random, 0, 2) == 0 ? between(random, 1, 300) : call.blocksize;
-  const std::vector<float> code = random_code(random, between(random, 1, 256));
+  const std::vector<float> code =
+      between(random, 0, 1) == 0 ? code_of_256(random) : random_code(random, between(random, 1, 256));
   const auto code_size = static_cast<int64_t>(code.size());
   std::vector<uint8_t> expected;
   std::vector<float> absmax;
