@@ -51,7 +51,7 @@ struct Absmax4 {
 
   // Values of blocks [first, first + count), and room for a vector to be read from any of them on. `buffer`
   // has kMaxScales + kLanes entries.
-  const float* expand(int64_t first, int64_t count, float* buffer) const {
+  BNB_MEMBER const float* expand(int64_t first, int64_t count, float* buffer) const {
     if (absmax_8bit == nullptr) {
       if (first + count + kLanes <= blocks) {
         return absmax + first;
@@ -128,7 +128,7 @@ struct Scales4 {
   float of_element(int64_t element) const { return scales[(element - base) >> shift]; }
 
   // Of the lanes of a group that begins at `element`.
-  F32 of_group(int64_t element) const {
+  BNB_MEMBER F32 of_group(int64_t element) const {
     const int64_t inside = element - base, position = inside & (blocksize - 1);
     const float* from = scales + (inside >> shift);
     if (position + kGroup <= blocksize) {

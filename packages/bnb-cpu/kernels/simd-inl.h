@@ -5,6 +5,14 @@
 
 #include "parallel.h"
 
+// BNB_FN for members that are not static. Small functions that have many callers the compiler would call, even in inner
+// loops.
+#if defined(_MSC_VER)
+#define BNB_MEMBER __forceinline
+#else
+#define BNB_MEMBER inline __attribute__((always_inline))
+#endif
+
 namespace bnb_cpu {
 namespace BNB_ISA {
 
