@@ -8,18 +8,26 @@
 
 namespace bnb_gpu {
 
-// A warp of a math group is through with a stage; all thread blocks of the cluster wait for it.
+// Tells that a warp of a math group is through with a stage of the ring, for which all thread blocks of the cluster
+// wait.
 template <int kCluster>
-__device__ __forceinline__ void release_stage(uint64_t* drained, int lane) {
-  __syncwarp();
-  if constexpr (kCluster == 1) {
-    if (lane == 0) {
-      arrive(drained);
+class StageRelease {
+ public:
+  // `drained`: the barriers of the stages.
+  __device__ __forceinline__ StageRelease(uint64_t* drained, int lane)
+      : there_(address_at(drained, lane % kCluster)), lane_(lane) {}
+
+  __device__ __forceinline__ void operator()(int stage) const {
+    __syncwarp();
+    if (lane_ < kCluster) {
+      arrive_at(there_ + static_cast<unsigned>(stage) * static_cast<unsigned>(sizeof(uint64_t)));
     }
-  } else if (lane < kCluster) {
-    arrive_at(address_at(drained, lane));
   }
-}
+
+ private:
+  unsigned there_;  // the first barrier of the thread block that this lane tells
+  int lane_;
+};
 
 // A persistent grid of clusters that take tiles in turn, at most one thread block on each multiprocessor.
 inline Grid cluster_grid(const Launch& launch, int64_t tiles, int threads, int shared_bytes, int cluster) {

@@ -119,7 +119,7 @@ __global__ void __launch_bounds__(Shape<kTokens>::kThreads, 1)
   if (warp == kMathWarps && lane == 0) {
     for (int s = 0; s < kStages; ++s) {
       initialize(full + s, 1);
-      initialize(drained + s, kMathWarps);
+      initialize(drained + s, kMathWarps * kWarpArrivals);
     }
     publish_barriers();
     publish_to_matrix_units();
@@ -191,7 +191,7 @@ __global__ void __launch_bounds__(Shape<kTokens>::kThreads, 1)
       commit_products();
     };
     const auto release = [&] {
-      release_stage<1>(drained + place.slot, lane);
+      arrive_as_warp(drained + place.slot, lane);
       place.advance();
     };
 

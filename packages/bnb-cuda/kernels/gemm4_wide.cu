@@ -179,13 +179,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     const int warp_row = warp * 16, own_row = warp_row + g;
     const unsigned selector = spread_selector(t), lane_offset = lane % kCopies * 8;
     const uint64_t first_right = tile_descriptor(shared);
-    const unsigned drained_at = address_at(drained, lane % kCluster);
-    const auto release = [&](int slot) {
-      __syncwarp();
-      if (lane < kCluster) {
-        arrive_at(drained_at + slot * static_cast<unsigned>(sizeof(uint64_t)));
-      }
-    };
+    const StageRelease<kCluster> release(drained, lane);
     // The copy engine swaps the halves of the codes of every second four rows.
     int own_codes[2];
 #pragma unroll

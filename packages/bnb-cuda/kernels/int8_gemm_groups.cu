@@ -223,6 +223,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     const int group_token = Layout::kSharesTokens ? group * 64 : 0,
               group_row = Layout::kSharesTokens ? 0 : group * kGroupRows;
     const int own_token = group_token + warp % 4 * 16 + g;
+    const StageRelease<kCluster> release(drained, lane);
     RingPlace<kStages> place;
     RingPlace<kSlots> constants_place;
     for (int tile = first_tile; tile < tiles; tile += stride) {
@@ -242,13 +243,13 @@ __global__ void __launch_bounds__(kThreads, 1)
         // The products of the stage before are through: it can be filled again.
         wait_for_products_but<1>();
         if (step > 0) {
-          release_stage<kCluster>(drained + held, lane);
+          release(held);
         }
         held = place.slot;
         place.advance();
       }
       wait_for_products(sums);
-      release_stage<kCluster>(drained + held, lane);
+      release(held);
 
       const int token = token_of(tile) + own_token, first_row = row_of(tile) + group_row;
       const float* own = constants + constants_place.slot * Layout::kConstants;
@@ -288,7 +289,7 @@ __global__ void __launch_bounds__(kThreads, 1)
             arrived_stage(step + 1);
           }
           wait_for_products(sums);
-          release_stage<kCluster>(drained + held, lane);
+          release(held);
         }
       }
 #pragma unroll
