@@ -9,7 +9,6 @@ import torch
 
 pytestmark = [pytest.mark.model, pytest.mark.slow]
 
-needs_two = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 WORKER = Path(__file__).with_name("fsdp_qlora.py")
 
 
@@ -28,7 +27,7 @@ def run(folder, tmp_path, processes, device):
     return torch.load(out, weights_only=True)
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_two)])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.multigpu)])
 def test_sharded_step_equals_the_step_of_one_process(tiny_folder, tmp_path, device):
     alone, sharded = run(tiny_folder, tmp_path, 1, device), run(tiny_folder, tmp_path, 2, device)
     assert sharded["losses"] == pytest.approx(alone["losses"], rel=1e-3)

@@ -16,7 +16,6 @@ import torch
 from bitsandbytes.nn import Linear4bit
 from bitsandbytes.nn.shard4bit import Shard4bit
 
-needs_two = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 FLOATS = [torch.bfloat16, torch.float16, torch.float32]
 #: Functions of the worker. Three processes do not divide the rows, and one of them gets none of the small layer.
 CASES = {
@@ -41,7 +40,7 @@ CASES = {
 #: Those that need the stand-in for the CUDA kernel, and those that have the kernel itself.
 RUNS = [
     *(("cpu", world, case) for world, cases in CASES.items() for case in cases),
-    *(pytest.param("cuda", 2, case, marks=[pytest.mark.multigpu, needs_two]) for case in CASES[2]),
+    *(pytest.param("cuda", 2, case, marks=pytest.mark.multigpu) for case in CASES[2]),
 ]
 
 

@@ -15,7 +15,6 @@ pytestmark = pytest.mark.gpu
 TOLERANCE = {torch.bfloat16: 4e-3, torch.float16: 6e-4, torch.float32: 2e-6}
 SIZES = [(16, 64), (77, 2048), (130, 14336), (257, 320), (1000, 192), (4096, 4096), (4100, 1088), (8461, 704)]
 ROWS = (1, 3, 8, 9, 16, 17, 31, 33, 64, 65, 128, 190, 300)
-needs_two = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 
 
 def quantized(n, k, dtype, quant_type="nf4", blocksize=64, nested=False):
@@ -185,7 +184,7 @@ def test_a_product_sees_a_weight_that_was_just_written():
     assert all(torch.equal(one, two) for one, two in zip(results, expected, strict=True))
 
 
-@needs_two
+@pytest.mark.multigpu
 def test_a_device_that_is_not_current_gives_the_same_and_takes_nothing_from_the_current_one():
     expected = [call() for call in small_calls()]
     with torch.cuda.device(1):
@@ -201,7 +200,7 @@ def test_a_device_that_is_not_current_gives_the_same_and_takes_nothing_from_the_
         assert torch.equal(result.cpu(), tensor.cpu())
 
 
-@needs_two
+@pytest.mark.multigpu
 @pytest.mark.parametrize("rows", [1, 40])
 def test_operands_on_two_devices_are_refused(rows):
     packed, state, _ = quantized(64, 128, torch.float16)

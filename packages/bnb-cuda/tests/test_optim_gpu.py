@@ -20,7 +20,6 @@ pytestmark = pytest.mark.gpu
 
 DTYPES = (torch.float32, torch.bfloat16)
 SIZES = (8192, 5000, 300, 1, 4096 * 9 + 7)
-needs_two = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 needs_exchange = pytest.mark.skipif(EXCHANGE is None, reason="torch has no table of DLPack functions before 2.10")
 
 
@@ -214,7 +213,7 @@ def test_grad_scaler() -> None:
 # --- devices --------------------------------------------------------------------------------------
 
 
-@needs_two
+@pytest.mark.multigpu
 @pytest.mark.parametrize("name", [n for n in optim.__all__ if n not in ("GlobalOptimManager", "PytorchLARS")])
 def test_a_device_that_is_not_current(name: str) -> None:
     sizes = ((96, 64), (33, 70)) if name.startswith("Muon") else SIZES
@@ -226,7 +225,7 @@ def test_a_device_that_is_not_current(name: str) -> None:
     assert_same(ours, plain)
 
 
-@needs_two
+@pytest.mark.multigpu
 def test_parameters_on_two_devices() -> None:
     params, others = parameters(device="cuda:1") + parameters(), parameters() + parameters()
     ours, plain = optim.AdamW8bit(params), optim.AdamW8bit(others)
@@ -440,7 +439,7 @@ def test_paged_states_move_through_the_cpu_and_copies(name: str, monkeypatch: py
 
 
 @pytest.mark.usefixtures("small_portions")
-@needs_two
+@pytest.mark.multigpu
 @pytest.mark.parametrize("resident", [True, False])
 def test_paged_parameters_on_two_devices(resident: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     with_free_memory(50 if resident else 0, monkeypatch)
@@ -454,7 +453,7 @@ def test_paged_parameters_on_two_devices(resident: bool, monkeypatch: pytest.Mon
     assert_same(ours, plain)
 
 
-@needs_two
+@pytest.mark.multigpu
 def test_a_step_is_captured_on_a_device_that_is_not_current() -> None:
     params, others = parameters(device="cuda:1"), parameters(device="cuda:0")
     ours = optim.AdamW8bit([{"params": params, "capturable": True}])
