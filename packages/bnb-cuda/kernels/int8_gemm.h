@@ -37,14 +37,6 @@ __device__ __forceinline__ float outlier_product(const T* values, const int8_t* 
   return sum * (b_absmax * (1.0f / 127.0f));
 }
 
-// With up to 16 rows of activations, more outlier columns than this share of all columns are multiplied in place,
-// masked, rather than one by one (measured on an H200). Without flags nobody can tell which they are in place.
-constexpr int kSingleShare = 128;
-
-__device__ __forceinline__ bool are_many(const Outliers& outliers, int count, int k) {
-  return outliers.flags != nullptr && count > k / kSingleShare;
-}
-
 // Codes 2 kHalf and 2 kHalf + 1 of four as 16-bit numbers.
 template <class T, int kHalf>
 __device__ __forceinline__ unsigned widen_codes(unsigned codes) {

@@ -57,6 +57,51 @@ __device__ __forceinline__ void multiply_masked(float (&products)[kRowTiles][kTo
   }
 }
 
+// Operands of the products of up to so many outlier columns, side by side: what a thread block's rows of the weight and
+// all rows of the activations have there. Asked for before the integers are multiplied, and multiplied afterwards.
+constexpr int kGathered = Outliers::kFilled;
+static_assert(kGathered == kLanes, "a lane has a column");
+
+template <class T, int kRows, int kTokens>
+struct GatheredOutliers {
+  static constexpr int kOwnRows = kRows / kWarps, kOwnTokens = kTokens / kWarps;
+
+  // A pitch at which lanes that read rows use different banks.
+  struct Storage {
+    float codes[kRows][kGathered + 1];
+    float values[kTokens][kGathered];
+  };
+
+  int8_t codes[kOwnRows];
+  T values[kOwnTokens];
+
+  // The lane's column, of `count`.
+  __device__ __forceinline__ GatheredOutliers(const int8_t* __restrict__ b, const T* __restrict__ a, int m, int n,
+                                              int k, int first_row, int warp, bool exists, int column) {
+#pragma unroll
+    for (int j = 0; j < kOwnRows; ++j) {
+      const int row = first_row + warp + j * kWarps;
+      codes[j] = exists && row < n ? b[static_cast<int64_t>(row) * k + column] : 0;
+    }
+#pragma unroll
+    for (int j = 0; j < kOwnTokens; ++j) {
+      const int token = warp + j * kWarps;
+      values[j] = exists && token < m ? a[static_cast<int64_t>(token) * k + column] : from_float<T>(0.0f);
+    }
+  }
+
+  __device__ __forceinline__ void share(Storage& storage, int warp, int lane) const {
+#pragma unroll
+    for (int j = 0; j < kOwnRows; ++j) {
+      storage.codes[warp + j * kWarps][lane] = static_cast<float>(codes[j]);
+    }
+#pragma unroll
+    for (int j = 0; j < kOwnTokens; ++j) {
+      storage.values[warp + j * kWarps][lane] = to_float(values[j]);
+    }
+  }
+};
+
 // Thread blocks that a multiprocessor has registers for; many outlier columns would take more, and leave fewer.
 template <int kRowTiles, int kTokenTiles>
 constexpr int kBlocks = (kRowTiles > 1)     ? 2
@@ -70,7 +115,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kRowTiles, kTokenTiles>)
              const Outliers outliers, const void* __restrict__ bias, int bias_dtype, T* __restrict__ out) {
   constexpr int kDepth = kRowTiles == 1 ? 4 : 3;
   constexpr int kRows = 16 * kRowTiles, kTokens = 8 * kTokenTiles;
+  using Gathered = GatheredOutliers<T, kRows, kTokens>;
   __shared__ int partial[kWarps * kTokens * kRows];
+  [[maybe_unused]] __shared__ std::conditional_t<kOutliers, typename Gathered::Storage, int> gathered;
   const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes;
   const int g = lane / 4, t = lane % 4;
   const int first_row = blockIdx.x * kRows;
@@ -104,6 +151,14 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kRowTiles, kTokenTiles>)
   for (int r = 0; r < kRowTiles; ++r) {
     rows[r][0] = after_wait(rows[r][0]);
     rows[r][1] = after_wait(rows[r][1]);
+  }
+  int count = 0, own_column = 0;
+  if constexpr (kOutliers) {
+    count = *outliers.count;
+    // A list with flags can be read before its length is known.
+    if (outliers.flags != nullptr || lane < count) {
+      own_column = outliers.columns[min(lane, k - 1)];
+    }
   }
   uint4 codes[kDepth][kRowTiles][2];
   const auto fetch = [&](int slot, int chunk) {
@@ -177,9 +232,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kRowTiles, kTokenTiles>)
 
   constexpr int kOwn = (kRows * kTokens + kThreads - 1) / kThreads;  // elements that this thread finishes
   float corrected[kOwn] = {};
-  const int count = kOutliers ? *outliers.count : 0;
   // Values of float32 find no place in the matrix units.
-  if (kOutliers && sizeof(T) == 2 && are_many(outliers, count, k)) {
+  if (kOutliers && sizeof(T) == 2 && outliers.flags != nullptr && count > kGathered) {
     float products[kRowTiles][kTokenTiles][4] = {};
     multiply([&](const uint4(&chunk)[kRowTiles][2], int column) {
       multiply_masked<T>(products, chunk, values, outliers.flags, m, k, g, column);
@@ -198,18 +252,32 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kRowTiles, kTokenTiles>)
     }
     __syncthreads();
   } else {
-    // While the first codes are on their way.
+    const auto only_integers = [](const uint4(&)[kRowTiles][2], int) {};
     if constexpr (kOutliers) {
+      const Gathered own(b, values, m, n, k, first_row, warp, lane < count, own_column);
+      multiply(only_integers);
+      if (count > 0) {
+        own.share(gathered, warp, lane);
+        __syncthreads();
+      }
 #pragma unroll
       for (int e = 0; e < kOwn; ++e) {
         const int i = threadIdx.x + e * kThreads, row = first_row + i % kRows, token = i / kRows;
         if (row < n && token < m) {
-          corrected[e] = outlier_product(values + static_cast<int64_t>(token) * k, b + static_cast<int64_t>(row) * k,
-                                         outliers.columns, count, b_absmax[row]);
+          float sum = 0.0f;
+          for (int c = 0; c < min(count, kGathered); ++c) {
+            sum = __fmaf_rn(gathered.values[token][c], gathered.codes[i % kRows][c], sum);
+          }
+          corrected[e] = sum * (b_absmax[row] * (1.0f / 127.0f));
+          if (count > kGathered) {
+            corrected[e] += outlier_product(values + static_cast<int64_t>(token) * k, b + static_cast<int64_t>(row) * k,
+                                            outliers.columns + kGathered, count - kGathered, b_absmax[row]);
+          }
         }
       }
+    } else {
+      multiply(only_integers);
     }
-    multiply([](const uint4(&)[kRowTiles][2], int) {});
   }
   share_sums(sums);
 #pragma unroll

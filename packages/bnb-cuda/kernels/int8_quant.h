@@ -45,15 +45,14 @@ __device__ __forceinline__ bool is_flagged(const unsigned* flags, int64_t column
   return (flags[column / 32] >> (column % 32) & 1u) != 0;
 }
 
-// Turns flags into an ascending list; `word_of` reads them. The whole thread block calls this.
+// Turns the flags of so many columns into an ascending list; `word_of` reads them. The whole thread block calls this.
 template <class WordOf>
-__device__ void list_columns(WordOf&& word_of, int64_t words, int* __restrict__ columns, int* __restrict__ count) {
+__device__ void list_columns(WordOf&& word_of, int64_t all_columns, int* __restrict__ columns,
+                             int* __restrict__ count) {
   __shared__ int ends[32];
-  __shared__ int total;
-  const int lane = threadIdx.x % kLanes, group = threadIdx.x / kLanes;
-  if (threadIdx.x == 0) {
-    total = 0;
-  }
+  const int lane = threadIdx.x % kLanes, group = threadIdx.x / kLanes, groups = blockDim.x / kLanes;
+  const int64_t words = (all_columns + 31) / 32;
+  int listed = 0;
   for (int64_t base = 0; base < words; base += blockDim.x) {
     const int64_t word = base + threadIdx.x;
     unsigned bits = word < words ? word_of(word) : 0u;
@@ -63,28 +62,28 @@ __device__ void list_columns(WordOf&& word_of, int64_t words, int* __restrict__ 
       const int other = shuffle(before, lane - step < 0 ? lane : lane - step);
       before += lane >= step ? other : 0;
     }
-    __syncthreads();
+    if (base > 0) {
+      __syncthreads();
+    }
     if (lane == kLanes - 1) {
       ends[group] = before;
     }
     __syncthreads();
-    int place = total + before - own;
-    for (int i = 0; i < group; ++i) {
-      place += ends[i];
-    }
+    const int of_group = lane < groups ? ends[lane] : 0;
+    int place = listed + group_sum<kLanes>(lane < group ? of_group : 0) + before - own;
+    listed += group_sum<kLanes>(of_group);
     while (bits != 0) {
       const int bit = __ffs(static_cast<int>(bits)) - 1;
       columns[place++] = static_cast<int>(word * 32 + bit);
       bits &= bits - 1;
     }
-    __syncthreads();
-    if (threadIdx.x == blockDim.x - 1) {
-      total = place;
-    }
-    __syncthreads();
   }
-  if (threadIdx.x == 0) {
-    count[0] = total;
+  const int thread = static_cast<int>(threadIdx.x);
+  if (thread >= listed && thread < min(static_cast<int64_t>(Outliers::kFilled), all_columns)) {
+    columns[thread] = 0;
+  }
+  if (thread == 0) {
+    count[0] = listed;
     static_assert(Outliers::kCountWords == 3, "all words are written");
     count[1] = count[2] = 0;
   }
@@ -103,7 +102,8 @@ __device__ __forceinline__ void list_columns_at_last(const Outliers& outliers, i
   __syncthreads();
   if (is_last) {
     __threadfence();
-    list_columns([&](int64_t word) { return __ldcg(outliers.flags + word); }, words, outliers.columns, outliers.count);
+    list_columns([&](int64_t word) { return __ldcg(outliers.flags + word); }, columns, outliers.columns,
+                 outliers.count);
   }
 }
 

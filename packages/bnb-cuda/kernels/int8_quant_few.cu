@@ -16,6 +16,8 @@ constexpr int kMostColumns = 16384;
 // blocks are faster, though each of the steps is a launch then.
 constexpr int64_t kMostElements = 1 << 13, kMostElementsOfCluster = 7 << 14;
 constexpr int kCluster = 8;
+// Vectors of values that a thread keeps between the statistics and the codes.
+constexpr int kHeld = 2;
 
 // A few rows with outliers, everything in one launch of one thread block or cluster, whose warps share the rows.
 // Columns: a multiple of 8.
@@ -40,10 +42,30 @@ __global__ void __launch_bounds__(kThreads)
   wait_for_kernel_ahead();
   const T* from = after_wait(x) + static_cast<int64_t>(row) * columns;
   __syncthreads();
-  unsigned bits = 0;
+  // Of the values, of which a thread has a vector at each of its columns, it keeps the first few.
+  Vector<T, kPerVector> held[kHeld] = {};
+  const auto exists = [&](int column) { return busy && column < columns; };
+  const auto load = [&](int column) { return *reinterpret_cast<const Vector<T, kPerVector>*>(from + column); };
+#pragma unroll
+  for (int h = 0; h < kHeld; ++h) {
+    if (exists(first + h * stride)) {
+      held[h] = load(first + h * stride);
+    }
+  }
+  const auto for_each = [&](auto&& body) {
+#pragma unroll
+    for (int h = 0; h < kHeld; ++h) {
+      if (exists(first + h * stride)) {
+        body(first + h * stride, held[h]);
+      }
+    }
 #pragma unroll 4
-  for (int column = first; busy && column < columns; column += stride) {
-    const auto values = *reinterpret_cast<const Vector<T, kPerVector>*>(from + column);
+    for (int column = first + kHeld * stride; exists(column); column += stride) {
+      body(column, load(column));
+    }
+  };
+  unsigned bits = 0;
+  for_each([&](int column, const Vector<T, kPerVector>& values) {
     unsigned flagged = 0;
 #pragma unroll
     for (int i = 0; i < kPerVector; ++i) {
@@ -54,7 +76,7 @@ __global__ void __launch_bounds__(kThreads)
     if (flagged != 0) {
       atomicOr(own_flags + column / 32, flagged << (column % 32));
     }
-  }
+  });
   bits = group_max<kLanes>(bits);
   if (lane == 0) {
     largest[warp] = bits;
@@ -85,9 +107,7 @@ __global__ void __launch_bounds__(kThreads)
   if (busy && member == 0 && lane == 0) {
     absmax[row] = most;
   }
-#pragma unroll 4
-  for (int column = first; busy && column < columns; column += stride) {
-    const auto values = *reinterpret_cast<const Vector<T, kPerVector>*>(from + column);
+  for_each([&](int column, const Vector<T, kPerVector>& values) {
     Vector<int8_t, kPerVector> out;
 #pragma unroll
     for (int i = 0; i < kPerVector; ++i) {
@@ -96,12 +116,12 @@ __global__ void __launch_bounds__(kThreads)
       out.values[i] = is_cleared ? 0 : encode(value, most, scale);
     }
     *reinterpret_cast<Vector<int8_t, kPerVector>*>(codes + static_cast<int64_t>(row) * columns + column) = out;
-  }
+  });
   if (blockIdx.x == 0) {
     for (int i = threadIdx.x; i < words; i += kThreads) {
       outliers.flags[i] = flags[i];
     }
-    list_columns([&](int64_t word) { return flags[word]; }, words, outliers.columns, outliers.count);
+    list_columns([&](int64_t word) { return flags[word]; }, columns, outliers.columns, outliers.count);
   }
 #if BNB_DEVICE_ARCH >= 900
   if (gridDim.x > 1) {

@@ -76,6 +76,9 @@ void gemv_4bit(const Launch&, const Gemm4&, const float* code);
 // columns that anybody has listed, without flags, too, and each needs words of its own.
 struct Outliers {
   static constexpr int kCountWords = 3;
+  // Lists of columns with flags are filled up to so many with column 0, as far as there are columns, so that they can
+  // be read before their length is known.
+  static constexpr int kFilled = 32;
   unsigned* flags;
   int* columns;
   int* count;
