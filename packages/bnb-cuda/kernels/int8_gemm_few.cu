@@ -155,9 +155,11 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kRowTiles, kTokenTiles>)
   int count = 0, own_column = 0;
   if constexpr (kOutliers) {
     count = *outliers.count;
-    // A list with flags can be read before its length is known.
-    if (outliers.flags != nullptr || lane < count) {
+    // A list with flags can be read before its length is known. One without may be longer than there are columns.
+    if (outliers.flags != nullptr) {
       own_column = outliers.columns[min(lane, k - 1)];
+    } else if (lane < count) {
+      own_column = outliers.columns[lane];
     }
   }
   uint4 codes[kDepth][kRowTiles][2];

@@ -90,12 +90,14 @@ def test_values_that_are_not_finite_stay_where_they_belong(rows, columns):
         assert relative_error(result[: rows - 1], truth[: rows - 1]) < TOLERANCE[dtype]
 
 
-def test_listed_columns_count_as_often_as_they_are_listed():
-    n, k, rows = 128, 512, 40
+@pytest.mark.parametrize("rows", [1, 12, 40])
+@pytest.mark.parametrize(("k", "number", "different"), [(512, 300, 200), (16, 40, 16), (64, 33, 5)])
+def test_listed_columns_count_as_often_as_they_are_listed(k, number, different, rows):
+    n = 128
     codes, absmax, weight = weight_of(n, k)
     x = torch.randn(rows, k, device="cuda", dtype=torch.float16)
     x_codes, x_absmax, _ = F.int8_vectorwise_quant(x)
-    listed = torch.arange(300, device="cuda") % 200
+    listed = torch.arange(number, device="cuda") % different
     result, _ = torch.ops.bitsandbytes.int8_mixed_scaled_mm(x, x_codes, codes, x_absmax, absmax, listed, None)
     truth = (x_codes.double() * x_absmax.double()[:, None] / 127) @ weight.t()
     truth += x[:, listed].double() @ weight[:, listed].t()
