@@ -75,7 +75,7 @@ struct GatheredOutliers {
   int8_t codes[kOwnRows];
   T values[kOwnTokens];
 
-  // The lane's column, of `count`.
+  // `column`: the lane's, if it `exists`.
   __device__ __forceinline__ GatheredOutliers(const int8_t* __restrict__ b, const T* __restrict__ a, int m, int n,
                                               int k, int first_row, int warp, bool exists, int column) {
 #pragma unroll
