@@ -5,12 +5,14 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <bnb/bind_repeats.h>
 #include <bnb/bind_tensors.h>
 #include <bnb/rules.h>
 #include <type_traits>
 
 #include "dispatch.h"
 #include "memory.h"
+#include "repeats.h"
 
 namespace nb = nanobind;
 
@@ -53,6 +55,7 @@ NB_MODULE(_C, m) {
   m.def("advise_huge_pages",
         [](uintptr_t data, int64_t bytes) { bnb_cpu::advise_huge_pages(reinterpret_cast<void*>(data), bytes); });
   bnb::bind_read_tensors(m);
+  bnb::bind_repeats(m, {{"gemm_4bit", &bnb_cpu::repeat_gemm_4bit}, {"int8_linear", &bnb_cpu::repeat_int8_linear}});
 
   bind(m, "quantize_4bit", &Kernels::quantize_4bit);
   bind(m, "dequantize_4bit", &Kernels::dequantize_4bit);

@@ -24,7 +24,10 @@ __device__ __forceinline__ float scaled_product(int product, float a_absmax, flo
   return __int2float_rn(product) * (a_absmax * b_absmax * kProductScale) + corrected + bias;
 }
 
-// Sum over the outlier columns of one element; `count` is zero without outliers.
+// What the outlier columns give to one element; `sum` is that of values times codes, of a row with this absmax.
+__device__ __forceinline__ float correction_of(float sum, float b_absmax) { return sum * (b_absmax * (1.0f / 127.0f)); }
+
+// The same for columns of which there is a list; `count` is zero without outliers.
 template <class T>
 __device__ __forceinline__ float outlier_product(const T* values, const int8_t* codes, const int* columns, int count,
                                                  float b_absmax) {
@@ -34,7 +37,7 @@ __device__ __forceinline__ float outlier_product(const T* values, const int8_t* 
     const int column = columns[i];
     sum = __fmaf_rn(to_float(values[column]), static_cast<float>(codes[column]), sum);
   }
-  return sum * (b_absmax * (1.0f / 127.0f));
+  return correction_of(sum, b_absmax);
 }
 
 // Codes 2 kHalf and 2 kHalf + 1 of four as 16-bit numbers.

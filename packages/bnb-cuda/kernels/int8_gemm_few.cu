@@ -245,11 +245,12 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kRowTiles, kTokenTiles>)
     for (int e = 0; e < kOwn; ++e) {
       const int i = threadIdx.x + e * kThreads, row = first_row + i % kRows;
       if (row < n && i / kRows < m) {
+        float sum = 0.0f;
 #pragma unroll
         for (int w = 0; w < kWarps; ++w) {
-          corrected[e] += __int_as_float(partial[w * kRows * kTokens + i]);
+          sum += __int_as_float(partial[w * kRows * kTokens + i]);
         }
-        corrected[e] *= b_absmax[row] * (1.0f / 127.0f);
+        corrected[e] = correction_of(sum, b_absmax[row]);
       }
     }
     __syncthreads();
@@ -270,7 +271,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kRowTiles, kTokenTiles>)
           for (int c = 0; c < min(count, kGathered); ++c) {
             sum = __fmaf_rn(gathered.values[token][c], gathered.codes[i % kRows][c], sum);
           }
-          corrected[e] = sum * (b_absmax[row] * (1.0f / 127.0f));
+          corrected[e] = correction_of(sum, b_absmax[row]);
           if (count > kGathered) {
             corrected[e] += outlier_product(values + static_cast<int64_t>(token) * k, b + static_cast<int64_t>(row) * k,
                                             outliers.columns + kGathered, count - kGathered, b_absmax[row]);

@@ -4,6 +4,7 @@ Arguments are positional. Pointers are addresses of contiguous memory (``Tensor.
 is 0 for float32, 1 for float16, 2 for bfloat16; ``quant_type`` is 0 for NF4, 1 for FP4.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 OPTIMIZER_RULES: int
@@ -26,6 +27,11 @@ def read_tensors(
     table: int,
     /,
 ) -> int: ...
+def new_repeats(
+    op: str, exchange: object, tensor_type: type, allocate: Callable[..., Any], context: Callable[[], int], /
+) -> Any: ...
+def call_again(handle: Any, /, *arguments: Any) -> Any: ...
+def note_call(handle: Any, layout: tuple[Any, ...], options: dict[str, Any], /, *arguments: Any) -> None: ...
 def quantize_4bit(
     x: int, dtype: int, count: int, blocksize: int, quant_type: int, packed: int, absmax: int, threads: int, /
 ) -> None: ...

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, empty, get_num_threads
 
 from bitsandbytes.backends.description import Kernel
+from bitsandbytes.backends.repeats import Repeats, native_repeats
 from bnb_cpu.arguments import (
     DTYPES,
     QUANT_TYPES,
@@ -20,7 +21,7 @@ from bnb_cpu.arguments import (
     contiguous_or_none,
     dtype_number,
 )
-from bnb_cpu.memory import empty_result
+from bnb_cpu.memory import LARGE_RESULT, empty_result
 from bnb_cpu.native import _C
 
 
@@ -400,11 +401,15 @@ def bind_int8_linear(
     return run
 
 
+def _repeats(op: str) -> Repeats | None:
+    return native_repeats(_C, op, get_num_threads, LARGE_RESULT)
+
+
 #: What this module serves, by op.
 MATMUL_KERNELS = (
     Kernel("gemv_4bit", gemv_4bit),
     Kernel("gemv_4bit.out", gemv_4bit_out),
-    Kernel("gemm_4bit", gemm_4bit, bind=bind_gemm_4bit),
+    Kernel("gemm_4bit", gemm_4bit, bind=bind_gemm_4bit, repeats=_repeats("gemm_4bit")),
     Kernel("gemm_4bit_transposed", gemm_4bit_transposed),
     Kernel("int8_vectorwise_quant", int8_vectorwise_quant),
     Kernel("int8_double_quant", int8_double_quant),
@@ -414,5 +419,5 @@ MATMUL_KERNELS = (
     Kernel("int8_mm_dequant", int8_mm_dequant),
     Kernel("int8_scaled_mm", int8_scaled_mm),
     Kernel("int8_mixed_scaled_mm", int8_mixed_scaled_mm),
-    Kernel("int8_linear", int8_linear, bind=bind_int8_linear),
+    Kernel("int8_linear", int8_linear, bind=bind_int8_linear, repeats=_repeats("int8_linear")),
 )

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from bitsandbytes.backends.repeats import Repeats
 from bitsandbytes.errors import ArgumentTypeError, BackendWarning
 
 
@@ -50,12 +51,16 @@ class Kernel:
     #: rule, the gradients, the parameters and their dicts of states, for which the op has just been called,
     #: it returns a :class:`bitsandbytes.backends.bound.BoundStep`, or ``None``.
     bind: Callable[..., Any] | None = None
+    #: Takes calls that are like one that this kernel has served, before the checks; only where :attr:`accepts` is
+    #: ``None`` and the op has one tensor as its result. See :func:`bitsandbytes.backends.repeats.native_repeats`.
+    repeats: Repeats | None = None
 
     def __post_init__(self) -> None:
         _expect(self, "op", isinstance(self.op, str), "the name of an op")
         _expect(self, "run", callable(self.run), "a callable")
         _expect(self, "accepts", self.accepts is None or callable(self.accepts), "a callable or None")
         _expect(self, "bind", self.bind is None or callable(self.bind), "a callable or None")
+        _expect(self, "repeats", self.repeats is None or isinstance(self.repeats, Repeats), "Repeats or None")
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """What torch's dispatcher calls for one op on one device type.
 
-An entry runs the contract's check, then the first kernel that accepts the call, then the reference.
+An entry runs the contract's check, then the first kernel that accepts the call, then the reference. A
+call that is like one before may go to its kernel at once, see :class:`Kernel`.
 It runs on every call, so it is two Python calls deep and no more: who serves the op is looked up on
 the first call and kept.
 
@@ -15,6 +16,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from bitsandbytes.backends.description import Kernel
+from bitsandbytes.backends.repeats import Repeats
 from bitsandbytes.contract import Op
 
 
@@ -37,22 +39,34 @@ def _build(
     check = op.check
     serve: Callable[..., Any]
 
+    repeats: Repeats | None
+
     def look_up(*args: Any, **kwargs: Any) -> Any:
-        nonlocal serve
+        nonlocal serve, repeats
         with lock:
-            serve = chained(kernels(), op.reference)
+            asked = tuple(kernels())
+            serve = chained(asked, op.reference)
+            repeats = asked[0].repeats if asked and asked[0].accepts is None else None
         return serve(*args, **kwargs)
 
     def reset() -> None:
-        nonlocal serve
-        serve = look_up
+        nonlocal serve, repeats
+        serve, repeats = look_up, None
 
-    serve = look_up
+    reset()
 
     # torch names an argument only where the schema demands it; packing names costs time on each call.
     def positional(*args: Any) -> Any:
-        check(*args)
-        return serve(*args)
+        again = repeats
+        if again is None:
+            check(*args)
+            return serve(*args)
+        result = again.call(*args)
+        if result is None:
+            check(*args)
+            result = serve(*args)
+            again.note(result, *args)
+        return result
 
     def named(*args: Any, **kwargs: Any) -> Any:
         check(*args, **kwargs)

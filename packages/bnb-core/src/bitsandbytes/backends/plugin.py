@@ -202,7 +202,7 @@ def _watched(kernel: Kernel, called: Callable[[str], None]) -> Kernel:
         called(kernel.op)
         return kernel.run(*args, **kwargs)
 
-    return replace(kernel, run=run)
+    return replace(kernel, run=run, repeats=None)
 
 
 def refuse_other_api(plugin: Plugin, backend: Backend) -> None:

@@ -32,6 +32,38 @@ struct DlExchange {
   void (*current_stream)();
 };
 
+// Where the data of a tensor lies.
+inline int64_t address_of(const DlTensor& tensor) {
+  return static_cast<int64_t>(reinterpret_cast<uintptr_t>(tensor.data) + tensor.byte_offset);
+}
+
+// The dtype in the lowest sixteen bits, then the device's type and number.
+inline int64_t dtype_and_device_of(const DlTensor& tensor) {
+  return tensor.dtype_code | static_cast<int64_t>(tensor.dtype_bits) << 8 |
+         static_cast<int64_t>(tensor.device_type & 0xffff) << 16 | static_cast<int64_t>(tensor.device_index) << 32;
+}
+
+// Whether the elements, which are counted, lie one after the other.
+inline bool is_contiguous(const DlTensor& tensor, int64_t* elements) {
+  int64_t count = 1;
+  bool contiguous = true;
+  for (int32_t dimension = tensor.dimensions - 1; dimension >= 0; --dimension) {
+    const int64_t size = tensor.shape[dimension];
+    contiguous &= size == 1 || tensor.strides == nullptr || tensor.strides[dimension] == count;
+    count *= size;
+  }
+  *elements = count;
+  return tensor.dtype_lanes == 1 && (contiguous || count == 0);
+}
+
+// The table behind the attribute `__dlpack_c_exchange_api__`, or null where it is missing or another version. Never
+// leaves a Python error.
+inline const DlExchange* exchange_of(PyObject* capsule) {
+  const auto* const api = static_cast<const DlExchange*>(PyCapsule_GetPointer(capsule, "dlpack_exchange_api"));
+  PyErr_Clear();
+  return api == nullptr || api->major != 1 || api->describe == nullptr ? nullptr : api;
+}
+
 // What must not change from step to step.
 struct TensorKind {
   int64_t elements;
@@ -45,13 +77,7 @@ enum Reading : int { kOther = 0, kSameAddresses = 1, kNewAddresses = 2 };
 class TensorReader {
  public:
   // `capsule`: the attribute. `types`: a tuple of types.
-  TensorReader(PyObject* capsule, PyObject* types) : types_(types) {
-    api_ = static_cast<const DlExchange*>(PyCapsule_GetPointer(capsule, "dlpack_exchange_api"));
-    PyErr_Clear();
-    if (api_ != nullptr && (api_->major != 1 || api_->describe == nullptr)) {
-      api_ = nullptr;
-    }
-  }
+  TensorReader(PyObject* capsule, PyObject* types) : api_(exchange_of(capsule)), types_(types) {}
 
   bool usable() const { return api_ != nullptr; }
 
@@ -72,10 +98,8 @@ class TensorReader {
     if (!is_contiguous(described, &found.elements) || (may_be_negated && found.elements == 1 && is_negated(tensor))) {
       return kOther;
     }
-    found.dtype_and_device = described.dtype_code | static_cast<int64_t>(described.dtype_bits) << 8 |
-                             static_cast<int64_t>(described.device_type & 0xffff) << 16 |
-                             static_cast<int64_t>(described.device_index) << 32;
-    const int64_t data = static_cast<int64_t>(reinterpret_cast<uintptr_t>(described.data) + described.byte_offset);
+    found.dtype_and_device = dtype_and_device_of(described);
+    const int64_t data = address_of(described);
     if (found.elements != 0 && data == 0) {
       return kOther;
     }
@@ -98,18 +122,6 @@ class TensorReader {
       }
     }
     return false;
-  }
-
-  static bool is_contiguous(const DlTensor& tensor, int64_t* elements) {
-    int64_t count = 1;
-    bool contiguous = true;
-    for (int32_t dimension = tensor.dimensions - 1; dimension >= 0; --dimension) {
-      const int64_t size = tensor.shape[dimension];
-      contiguous &= size == 1 || tensor.strides == nullptr || tensor.strides[dimension] == count;
-      count *= size;
-    }
-    *elements = count;
-    return tensor.dtype_lanes == 1 && (contiguous || count == 0);
   }
 
   // The imaginary parts of conjugated numbers are tensors whose memory has the other sign. They show by their
