@@ -19,6 +19,39 @@ constexpr int kCluster = 8;
 // Vectors of values that a thread keeps between the statistics and the codes.
 constexpr int kHeld = 2;
 
+// Hands out the flags and the ascending list of the columns that have one. A warp calls this, while others go on.
+__device__ __forceinline__ void list_flagged(const unsigned* flags, int columns, const Outliers& outliers) {
+  const int lane = threadIdx.x % kLanes, words = (columns + 31) / 32, own_words = (words + kLanes - 1) / kLanes;
+  const int first = min(lane * own_words, words), end = min(first + own_words, words);
+  int own = 0;
+  for (int i = first; i < end; ++i) {
+    own += __popc(flags[i]);
+  }
+  for (int i = lane; i < words; i += kLanes) {
+    outliers.flags[i] = flags[i];
+  }
+  int up_to_own = own;
+#pragma unroll
+  for (int step = 1; step < kLanes; step <<= 1) {
+    const int other = shuffle(up_to_own, max(lane - step, 0));
+    up_to_own += lane >= step ? other : 0;
+  }
+  const int listed = shuffle(up_to_own, kLanes - 1);
+  int place = up_to_own - own;
+  for (int i = first; i < end && place < up_to_own; ++i) {
+    for (unsigned bits = flags[i]; bits != 0; bits &= bits - 1) {
+      outliers.columns[place++] = i * 32 + __ffs(static_cast<int>(bits)) - 1;
+    }
+  }
+  static_assert(Outliers::kFilled == kLanes, "a lane fills a column");
+  if (lane >= listed && lane < columns) {
+    outliers.columns[lane] = 0;
+  }
+  if (lane < Outliers::kCountWords) {
+    outliers.count[lane] = lane == 0 ? listed : 0;
+  }
+}
+
 // A few rows with outliers, everything in one launch of one thread block or cluster, whose warps share the rows.
 // Columns: a multiple of 8.
 template <class T>
@@ -41,7 +74,6 @@ __global__ void __launch_bounds__(kThreads)
   let_kernel_behind_begin();
   wait_for_kernel_ahead();
   const T* from = after_wait(x) + static_cast<int64_t>(row) * columns;
-  __syncthreads();
   // Of the values, of which a thread has a vector at each of its columns, it keeps the first few.
   Vector<T, kPerVector> held[kHeld] = {};
   const auto exists = [&](int column) { return busy && column < columns; };
@@ -52,6 +84,7 @@ __global__ void __launch_bounds__(kThreads)
       held[h] = load(first + h * stride);
     }
   }
+  __syncthreads();
   const auto for_each = [&](auto&& body) {
 #pragma unroll
     for (int h = 0; h < kHeld; ++h) {
@@ -100,6 +133,10 @@ __global__ void __launch_bounds__(kThreads)
   }
 #endif
   __syncthreads();
+  // The warp that is the least likely to have a row.
+  if (blockIdx.x == gridDim.x - 1 && warp == kWarps - 1) {
+    list_flagged(flags, columns, outliers);
+  }
   for (int i = 0; i < warps_per_row; ++i) {
     bits = max(bits, largest[group * warps_per_row + i]);
   }
@@ -117,12 +154,6 @@ __global__ void __launch_bounds__(kThreads)
     }
     *reinterpret_cast<Vector<int8_t, kPerVector>*>(codes + static_cast<int64_t>(row) * columns + column) = out;
   });
-  if (blockIdx.x == 0) {
-    for (int i = threadIdx.x; i < words; i += kThreads) {
-      outliers.flags[i] = flags[i];
-    }
-    list_columns([&](int64_t word) { return flags[word]; }, columns, outliers.columns, outliers.count);
-  }
 #if BNB_DEVICE_ARCH >= 900
   if (gridDim.x > 1) {
     cluster.barrier_wait();
