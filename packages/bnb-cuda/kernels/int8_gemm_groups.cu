@@ -170,7 +170,7 @@ __global__ void __launch_bounds__(kThreads, 1)
           unsigned char* stage = shared + place.slot * Layout::kStageBytes;
           uint64_t* barrier = full + place.slot;
           wait(drained + place.slot, place.parity ^ 1);
-          arrive_expecting(barrier, bytes);
+          arrive_expecting(barrier, bytes - p.missing_bytes);
           copy_box(stage, left, column, token, barrier);
           if constexpr (kCluster > 1) {
             copy_box_to((1 << kCluster) - 1, stage + Layout::kTokenBytes + box, right, column, row, barrier);
@@ -334,21 +334,24 @@ void run(const Launch& launch, const Gemm8& p) {
   limit.raise(launch, reinterpret_cast<const void*>(kernel), Layout::kBytes);
   constexpr auto kByte = CU_TENSOR_MAP_DATA_TYPE_UINT8;
   constexpr auto kSwizzle = CU_TENSOR_MAP_SWIZZLE_128B;
+  // Rows that no matrix has are not asked for: the copy engine takes long to fill them with zeros.
+  const int tokens = static_cast<int>(p.m < kTokens ? ceil_div(p.m, 8) * 8 : kTokens);
   Maps maps{};
-  maps.activations = matrix_map(p.a, kByte, 1, p.m, p.k, kTokens, kStep, kSwizzle);
+  maps.activations = matrix_map(p.a, kByte, 1, p.m, p.k, tokens, kStep, kSwizzle);
   maps.weight = matrix_map(p.b, kByte, 1, p.n, p.k, Layout::kBoxRows, kStep, kSwizzle);
   if constexpr (kOutliers) {
     constexpr auto kTwoBytes = CU_TENSOR_MAP_DATA_TYPE_UINT16;
     const T* gathered = static_cast<const T*>(p.gathered);
-    maps.few_values = matrix_map(gathered + p.n * p.room, kTwoBytes, 2, p.m, p.room, kTokens, kOutlierStep, kSwizzle);
+    maps.few_values = matrix_map(gathered + p.n * p.room, kTwoBytes, 2, p.m, p.room, tokens, kOutlierStep, kSwizzle);
     maps.few_codes = matrix_map(gathered, kTwoBytes, 2, p.n, p.room, Layout::kBoxRows, kOutlierStep, kSwizzle);
-    maps.all_values = matrix_map(p.values, kTwoBytes, 2, p.m, p.k, kTokens, kOutlierStep, kSwizzle);
+    maps.all_values = matrix_map(p.values, kTwoBytes, 2, p.m, p.k, tokens, kOutlierStep, kSwizzle);
     maps.all_codes = matrix_map(p.b, kByte, 1, p.n, p.k, Layout::kBoxRows, kOutlierStep);
   }
   const Problem problem{static_cast<int>(p.m),
                         static_cast<int>(p.n),
                         static_cast<int>(p.k),
                         static_cast<int>(p.room),
+                        (kTokens - tokens) * kStep,
                         p.a_absmax,
                         p.b_absmax,
                         p.values,

@@ -12,9 +12,10 @@ namespace {
 constexpr int kThreads = 1024;
 constexpr int kWarps = kThreads / kLanes;
 constexpr int kMostColumns = 16384;
-// Elements for one thread block, and for a cluster of so many (compute capability 9.0 and later). Beyond, more thread
-// blocks are faster, though each of the steps is a launch then.
-constexpr int64_t kMostElements = 1 << 13, kMostElementsOfCluster = 7 << 14;
+// Elements for one thread block, and for a cluster of so many (compute capability 9.0 and later), in up to so many rows
+// and in more. Beyond, more thread blocks are faster, though each of the steps is a launch then.
+constexpr int64_t kMostElements = 1 << 13, kMostElementsOfFew = 14 << 14, kMostElementsOfCluster = 7 << 14;
+constexpr int64_t kFewRows = 32;
 constexpr int kCluster = 8;
 // Vectors of values that a thread keeps between the statistics and the codes.
 constexpr int kHeld = 2;
@@ -169,7 +170,8 @@ int few_blocks(const Launch& launch, int64_t rows, int64_t columns) {
   if (rows <= kWarps && rows * columns <= kMostElements) {
     return 1;
   }
-  const bool fits = rows <= kCluster * kWarps && rows * columns <= kMostElementsOfCluster;
+  const int64_t most = rows <= kFewRows ? kMostElementsOfFew : kMostElementsOfCluster;
+  const bool fits = rows <= kCluster * kWarps && rows * columns <= most;
   return launch.capability() >= 90 && fits ? kCluster : 0;
 }
 
