@@ -54,7 +54,8 @@ struct Shape {
 // The products of a call, and what of them a thread block computes.
 struct Problem {
   int m, n, k;
-  int splits;  // thread blocks of a cluster, each with a share of the columns
+  int splits;         // thread blocks of a cluster, each with a share of the columns
+  int missing_bytes;  // of a stage, whose last rows of activations are not brought
   int block_shift, nested_shift;
   const void* bias;
   int bias_dtype;
@@ -149,7 +150,7 @@ __global__ void __launch_bounds__(Shape<kTokens>::kThreads, 1)
           uint64_t* barrier = full + place.slot;
           const int column = column_of(rotation, step);
           wait(drained + place.slot, place.parity ^ 1);
-          arrive_expecting(barrier, Layout::kStageBytes);
+          arrive_expecting(barrier, Layout::kStageBytes - problem.missing_bytes);
           copy_box(stage + 2 * Layout::kTileBytes, weight, column / 2, row, barrier);
           copy_box(stage, activations, column, token, barrier);
           copy_box(stage + Layout::kTileBytes, activations, column + kChunk, token, barrier);
@@ -367,14 +368,16 @@ void run(const Launch& launch, const Gemm4& p, int split) {
   const auto kernel = gemm4_groups<T, kType, kNested, kTokens>;
   static SharedMemoryLimit limit;
   limit.raise(launch, reinterpret_cast<const void*>(kernel), Layout::kBytes);
+  const int tokens = brought_rows(p.m, kTokens);
   const CUtensorMap activations =
-      matrix_map(p.a, tensor_map_type<T>(), 2, p.m, p.k, kTokens, kChunk, CU_TENSOR_MAP_SWIZZLE_128B);
+      matrix_map(p.a, tensor_map_type<T>(), 2, p.m, p.k, tokens, kChunk, CU_TENSOR_MAP_SWIZZLE_128B);
   const CUtensorMap weight = matrix_map(p.packed, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, p.n, p.k / 2, kRows, kCodePitch,
                                         CU_TENSOR_MAP_SWIZZLE_64B);
   const Problem problem{static_cast<int>(p.m),
                         static_cast<int>(p.n),
                         static_cast<int>(p.k),
                         split,
+                        2 * (kTokens - tokens) * kSwizzledRowBytes,
                         exact_log2(p.blocksize),
                         exact_log2(p.statistics.nested_blocksize),
                         p.bias,

@@ -56,6 +56,13 @@ inline CUtensorMap matrix_map(const void* data, CUtensorMapDataType type, int el
                        {static_cast<cuuint32_t>(box_columns), static_cast<cuuint32_t>(box_rows)}, swizzle);
 }
 
+// Rows of a box of activations for tiles of `tile_rows` rows. Rows that the matrix does not have are not asked for: the
+// copy engine takes long to fill them with zeros, and no product of theirs is kept.
+inline int brought_rows(int64_t rows, int tile_rows) {
+  constexpr int kGroup = 8;  // lies in one piece under the swizzle
+  return static_cast<int>(rows < tile_rows ? ceil_div(rows, kGroup) * kGroup : tile_rows);
+}
+
 // Where boxes whose rows are swizzled over 128 bytes begin in shared memory.
 constexpr int kBoxAlignment = 1024;
 
