@@ -54,8 +54,8 @@ struct Shape {
 // The products of a call, and what of them a thread block computes.
 struct Problem {
   int m, n, k;
-  int splits;         // thread blocks of a cluster, each with a share of the columns
-  int missing_bytes;  // of a stage, whose last rows of activations are not brought
+  int splits;       // thread blocks of a cluster, each with a share of the columns
+  int tile_tokens;  // rows of activations of a tile; more have room
   int block_shift, nested_shift;
   const void* bias;
   int bias_dtype;
@@ -100,7 +100,7 @@ __global__ void __launch_bounds__(Shape<kTokens>::kThreads, 1)
   uint64_t* full = reinterpret_cast<uint64_t*>(shared + Layout::kBarriers);
   uint64_t* drained = full + kStages;
 
-  const int m = problem.m, n = problem.n, k = problem.k, splits = problem.splits;
+  const int m = problem.m, n = problem.n, k = problem.k, splits = problem.splits, tile_tokens = problem.tile_tokens;
   const int split = static_cast<int>(blockIdx.x) % splits;
   const int token_tiles = (m + kTokens - 1) / kTokens, tiles = (n + kRows - 1) / kRows * token_tiles;
   const int first_tile = static_cast<int>(blockIdx.x) / splits;
@@ -142,15 +142,16 @@ __global__ void __launch_bounds__(Shape<kTokens>::kThreads, 1)
     keep_fewer_registers<Layout::kCopyRegisters>();
     if (warp == kMathWarps && lane == 0) {
       RingPlace<kStages> place;
+      const int stage_bytes = Layout::kStageBytes - 2 * (kTokens - tile_tokens) * kSwizzledRowBytes;
       for (int tile = first_tile; tile < tiles; tile += tile_stride) {
-        const int row = tile / token_tiles * kRows, token = tile % token_tiles * kTokens;
+        const int row = tile / token_tiles * kRows, token = tile % token_tiles * tile_tokens;
         const int rotation = rotation_of(tile);
         for (int step = 0; step < steps; ++step) {
           unsigned char* stage = shared + place.slot * Layout::kStageBytes;
           uint64_t* barrier = full + place.slot;
           const int column = column_of(rotation, step);
           wait(drained + place.slot, place.parity ^ 1);
-          arrive_expecting(barrier, Layout::kStageBytes - problem.missing_bytes);
+          arrive_expecting(barrier, stage_bytes);
           copy_box(stage + 2 * Layout::kTileBytes, weight, column / 2, row, barrier);
           copy_box(stage, activations, column, token, barrier);
           copy_box(stage + Layout::kTileBytes, activations, column + kChunk, token, barrier);
@@ -197,7 +198,8 @@ __global__ void __launch_bounds__(Shape<kTokens>::kThreads, 1)
     };
 
     for (int tile = first_tile; tile < tiles; tile += tile_stride) {
-      const int first_row = tile / token_tiles * kRows, first_token = tile % token_tiles * kTokens;
+      const int first_row = tile / token_tiles * kRows, first_token = tile % token_tiles * tile_tokens;
+      const int end_token = min(first_token + tile_tokens, m);
       // Statistics of four chunks at a time, one per lane of four, and those of the next four on their way.
       constexpr int kPerStep = 2 / kDepthGroups;
       const int rotation = rotation_of(tile);
@@ -298,7 +300,7 @@ __global__ void __launch_bounds__(Shape<kTokens>::kThreads, 1)
 #pragma unroll
           for (int i = 0; i < kSums; ++i) {
             const int token = first_token + 8 * (i / 4) + 2 * t + i % 2, row = first_row + own_row + 8 * (i % 4 / 2);
-            if (token < m && row < n) {
+            if (token < end_token && row < n) {
               out[static_cast<int64_t>(token) * n + row] = from_float<T>(sums[i] + bias[i % 4 / 2]);
             }
           }
@@ -324,7 +326,8 @@ __global__ void __launch_bounds__(Shape<kTokens>::kThreads, 1)
       cluster.sync();
       // Each thread block of a cluster finishes its share of the tile, four rows at a time.
       constexpr int kVectors = kTokens * kRows / 4, kRowVectors = kRows / 4;
-      const int first_row = first_tile / token_tiles * kRows, first_token = first_tile % token_tiles * kTokens;
+      const int first_row = first_tile / token_tiles * kRows, first_token = first_tile % token_tiles * tile_tokens;
+      const int end_token = min(first_token + tile_tokens, m);
       const int share = (kVectors + splits - 1) / splits;
       const int stop = min(kVectors, (split + 1) * share);
       for (int i = split * share + static_cast<int>(threadIdx.x); i < stop; i += Layout::kMathThreads) {
@@ -350,7 +353,7 @@ __global__ void __launch_bounds__(Shape<kTokens>::kThreads, 1)
         }
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
-          if (first_row + row + j < n && first_token + token < m) {
+          if (first_row + row + j < n && first_token + token < end_token) {
             out[static_cast<int64_t>(first_token + token) * n + first_row + row + j] =
                 from_float<T>(sum[j] + load_bias(problem.bias, problem.bias_dtype, first_row + row + j));
           }
@@ -368,7 +371,7 @@ void run(const Launch& launch, const Gemm4& p, int split) {
   const auto kernel = gemm4_groups<T, kType, kNested, kTokens>;
   static SharedMemoryLimit limit;
   limit.raise(launch, reinterpret_cast<const void*>(kernel), Layout::kBytes);
-  const int tokens = brought_rows(p.m, kTokens);
+  const int tokens = tile_share(p.m, kTokens);
   const CUtensorMap activations =
       matrix_map(p.a, tensor_map_type<T>(), 2, p.m, p.k, tokens, kChunk, CU_TENSOR_MAP_SWIZZLE_128B);
   const CUtensorMap weight = matrix_map(p.packed, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, p.n, p.k / 2, kRows, kCodePitch,
@@ -377,7 +380,7 @@ void run(const Launch& launch, const Gemm4& p, int split) {
                         static_cast<int>(p.n),
                         static_cast<int>(p.k),
                         split,
-                        2 * (kTokens - tokens) * kSwizzledRowBytes,
+                        tokens,
                         exact_log2(p.blocksize),
                         exact_log2(p.statistics.nested_blocksize),
                         p.bias,

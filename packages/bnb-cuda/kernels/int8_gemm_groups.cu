@@ -77,14 +77,15 @@ __device__ __forceinline__ void transpose_quad(unsigned (&words)[4], int t) {
   }
 }
 
-// Writes 32 columns of the result in one of its rows; four lanes have two columns of each of four groups of eight.
+// Writes 32 columns of the result in one of its rows, if it comes before `end_token`; four lanes have two columns of
+// each of four groups of eight.
 template <class T>
-__device__ __forceinline__ void store_rows(T* out, unsigned (&words)[4], const Problem& p, int token, int column,
-                                           int t) {
+__device__ __forceinline__ void store_rows(T* out, unsigned (&words)[4], const Problem& p, int token, int end_token,
+                                           int column, int t) {
   T* to = out + static_cast<int64_t>(token) * p.n + column;
   if (p.n % 8 == 0) {
     transpose_quad(words, t);
-    if (token < p.m && column + 8 * t < p.n) {
+    if (token < end_token && column + 8 * t < p.n) {
       *reinterpret_cast<uint4*>(to + 8 * t) = make_uint4(words[0], words[1], words[2], words[3]);
     }
     return;
@@ -95,7 +96,7 @@ __device__ __forceinline__ void store_rows(T* out, unsigned (&words)[4], const P
     memcpy(pair, &words[j], sizeof pair);
 #pragma unroll
     for (int c = 0; c < 2; ++c) {
-      if (token < p.m && column + 8 * j + 2 * t + c < p.n) {
+      if (token < end_token && column + 8 * j + 2 * t + c < p.n) {
         to[8 * j + 2 * t + c] = pair[c];
       }
     }
@@ -126,7 +127,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int first_tile = static_cast<int>(blockIdx.x) / kCluster, stride = static_cast<int>(gridDim.x) / kCluster;
   const int steps = (p.k + kStep - 1) / kStep;
   // Neighbouring thread blocks share rows of the weight, which then stay in the cache.
-  const auto token_of = [&](int tile) { return (tile % token_tiles * kCluster + rank) * kTokens; };
+  const auto token_of = [&](int tile) { return (tile % token_tiles * kCluster + rank) * p.tile_tokens; };
   const auto row_of = [&](int tile) { return tile / token_tiles * kRows; };
   const int warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
   float* constants = reinterpret_cast<float*>(shared + Layout::kConstantsBegin);
@@ -170,7 +171,7 @@ __global__ void __launch_bounds__(kThreads, 1)
           unsigned char* stage = shared + place.slot * Layout::kStageBytes;
           uint64_t* barrier = full + place.slot;
           wait(drained + place.slot, place.parity ^ 1);
-          arrive_expecting(barrier, bytes - p.missing_bytes);
+          arrive_expecting(barrier, bytes - (kTokens - p.tile_tokens) * kStep);
           copy_box(stage, left, column, token, barrier);
           if constexpr (kCluster > 1) {
             copy_box_to((1 << kCluster) - 1, stage + Layout::kTokenBytes + box, right, column, row, barrier);
@@ -251,7 +252,8 @@ __global__ void __launch_bounds__(kThreads, 1)
       wait_for_products(sums);
       release(held);
 
-      const int token = token_of(tile) + own_token, first_row = row_of(tile) + group_row;
+      const int token = token_of(tile) + own_token, end_token = min(token_of(tile) + p.tile_tokens, p.m);
+      const int first_row = row_of(tile) + group_row;
       const float* own = constants + constants_place.slot * Layout::kConstants;
       wait(known + constants_place.slot, constants_place.parity);
       const float token_scale[2] = {own[own_token], own[own_token + 8]};
@@ -312,7 +314,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         }
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-          store_rows<T>(out, words[h], p, token + 8 * h, first_row + 32 * q, t);
+          store_rows<T>(out, words[h], p, token + 8 * h, end_token, first_row + 32 * q, t);
         }
       }
       arrive_as_warp(read + constants_place.slot, lane);
@@ -334,7 +336,7 @@ void run(const Launch& launch, const Gemm8& p) {
   limit.raise(launch, reinterpret_cast<const void*>(kernel), Layout::kBytes);
   constexpr auto kByte = CU_TENSOR_MAP_DATA_TYPE_UINT8;
   constexpr auto kSwizzle = CU_TENSOR_MAP_SWIZZLE_128B;
-  const int tokens = brought_rows(p.m, kTokens);
+  const int tokens = tile_share(p.m, kTokens);
   Maps maps{};
   maps.activations = matrix_map(p.a, kByte, 1, p.m, p.k, tokens, kStep, kSwizzle);
   maps.weight = matrix_map(p.b, kByte, 1, p.n, p.k, Layout::kBoxRows, kStep, kSwizzle);
@@ -350,7 +352,7 @@ void run(const Launch& launch, const Gemm8& p) {
                         static_cast<int>(p.n),
                         static_cast<int>(p.k),
                         static_cast<int>(p.room),
-                        (kTokens - tokens) * kStep,
+                        tokens,
                         p.a_absmax,
                         p.b_absmax,
                         p.values,

@@ -29,7 +29,7 @@ constexpr int kMathBarrier = 1;
 
 struct Problem {
   int m, n, k, room;
-  int missing_bytes;  // of a stage, whose last rows of activations are not brought
+  int tile_tokens;  // rows of activations of a tile; more have room
   const float* a_absmax;
   const float* b_absmax;
   const void* values;

@@ -56,11 +56,12 @@ inline CUtensorMap matrix_map(const void* data, CUtensorMapDataType type, int el
                        {static_cast<cuuint32_t>(box_columns), static_cast<cuuint32_t>(box_rows)}, swizzle);
 }
 
-// Rows of a box of activations for tiles of `tile_rows` rows. Rows that the matrix does not have are not asked for: the
-// copy engine takes long to fill them with zeros, and no product of theirs is kept.
-inline int brought_rows(int64_t rows, int tile_rows) {
+// Rows of activations of a tile, of which up to `room` are multiplied: evenly shared by as few tiles as can be. Rows
+// that a matrix does not have take the copy engine long, which fills them with zeros; rows beyond a tile are not asked
+// for, and no product of theirs is kept.
+inline int tile_share(int64_t rows, int room) {
   constexpr int kGroup = 8;  // lies in one piece under the swizzle
-  return static_cast<int>(rows < tile_rows ? ceil_div(rows, kGroup) * kGroup : tile_rows);
+  return static_cast<int>(ceil_div(ceil_div(rows, ceil_div(rows, room)), kGroup) * kGroup);
 }
 
 // Where boxes whose rows are swizzled over 128 bytes begin in shared memory.
