@@ -371,7 +371,7 @@ void run(const Launch& launch, const Gemm4& p, int split) {
   const auto kernel = gemm4_groups<T, kType, kNested, kTokens>;
   static SharedMemoryLimit limit;
   limit.raise(launch, reinterpret_cast<const void*>(kernel), Layout::kBytes);
-  const int tokens = tile_share(p.m, kTokens);
+  const int tokens = tile_share(p.m, ceil_div(p.m, kTokens));
   const CUtensorMap activations =
       matrix_map(p.a, tensor_map_type<T>(), 2, p.m, p.k, tokens, kChunk, CU_TENSOR_MAP_SWIZZLE_128B);
   const CUtensorMap weight = matrix_map(p.packed, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, p.n, p.k / 2, kRows, kCodePitch,

@@ -28,6 +28,7 @@ constexpr int kChunk = 64;  // columns of a stage
 constexpr int kHalf = kChunk / 2;
 constexpr int kProducts = kHalf / 16;
 constexpr int kCluster = 2;
+constexpr int kShare = kTokens / kCluster;  // rows of activations that a thread block brings for a tile, at most
 constexpr int kCodePitch = kChunk / 2;
 constexpr int kTokenBytes = kTokens * kSwizzledRowBytes;
 constexpr int kStageBytes = kTokenBytes + kRows * kCodePitch;
@@ -45,6 +46,7 @@ static_assert(kSharedBytes <= kSharedLimit, "more shared memory than a thread bl
 struct Problem {
   int m, n, k;
   int whole;  // tiles that are not halved
+  int share;  // rows of activations that a thread block brings for a tile, and of half a tile
   int block_shift, nested_shift;
   const void* bias;
   int bias_dtype;
@@ -69,17 +71,17 @@ __device__ __forceinline__ unsigned transposed(unsigned pair) {
 }
 
 // Writes 16 neighbouring columns of eight rows of the result. `upper`, `lower`: columns g and g + 8 of the lane's
-// two rows; afterwards a lane has four neighbours of one row.
+// two rows; afterwards a lane has four neighbours of one row, which it writes if it comes before `end_token`.
 template <class T>
 __device__ __forceinline__ void store_columns(T* out, const Problem& p, unsigned upper, unsigned lower, int token,
-                                              int column, int lane) {
+                                              int end_token, int column, int lane) {
   const int t = lane % 4;
   const unsigned first = transposed(upper), second = transposed(lower);
   const bool odd = t % 2 != 0;
   const unsigned got = __shfl_xor_sync(0xffffffffu, odd ? first : second, 1);
   const int own_token = token + lane / 4, own_column = column + (odd ? 8 : 0) + t / 2 * 4;
   const unsigned words[2] = {odd ? got : first, odd ? second : got};
-  if (own_token >= p.m) {
+  if (own_token >= end_token) {
     return;
   }
   T* to = out + static_cast<int64_t>(own_token) * p.n + own_column;
@@ -124,7 +126,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   const auto tile_of = [&](int piece) { return is_half(piece) ? p.whole + (piece - p.whole) / 2 : piece; };
   // Neighbouring clusters share rows of the weight, which then stay in the cache.
   const auto token_of = [&](int piece) {
-    return tile_of(piece) % token_tiles * kTokens + (is_half(piece) ? (piece - p.whole) % 2 * (kTokens / 2) : 0);
+    return (tile_of(piece) % token_tiles * kCluster + (is_half(piece) ? (piece - p.whole) % 2 : 0)) * p.share;
   };
   const auto row_of = [&](int piece) { return (tile_of(piece) / token_tiles * kCluster + rank) * kRows; };
   const int warp = threadIdx.x / kLanes;
@@ -149,13 +151,13 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (warp >= kMathWarps) {
     keep_fewer_registers<40>();
     if (warp == kMathWarps && threadIdx.x % kLanes == 0) {
-      constexpr int kShare = kTokens / kCluster;
+      const int share_bytes = p.share * kSwizzledRowBytes;
       RingParities parities;
       for (int piece = first_piece; piece < pieces; piece += stride) {
         // Of a half, which is one share, the thread blocks bring every other stage.
         const bool half = is_half(piece);
-        const int share = half ? 0 : rank, bytes = half ? kStageBytes - kTokenBytes / 2 : kStageBytes;
-        const int token = token_of(piece) + share * kShare, row = row_of(piece);
+        const int share = half ? 0 : rank, bytes = kStageBytes - kTokenBytes + (half ? 1 : kCluster) * share_bytes;
+        const int token = token_of(piece) + share * p.share, row = row_of(piece);
         for (int step = 0; step < steps; ++step) {
           // Every piece begins with the first slot.
           const int slot = step % kStages;
@@ -164,8 +166,7 @@ __global__ void __launch_bounds__(kThreads, 1)
           wait(drained + slot, parities.next(slot) ^ 1);
           arrive_expecting(barrier, bytes);
           if (!half || step % kCluster == rank) {
-            copy_box_to((1 << kCluster) - 1, stage + share * kShare * kSwizzledRowBytes, activations, step * kChunk,
-                        token, barrier);
+            copy_box_to((1 << kCluster) - 1, stage + share * share_bytes, activations, step * kChunk, token, barrier);
           }
           copy_box(stage + kTokenBytes, weight, step * kCodePitch, row, barrier);
         }
@@ -192,6 +193,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       // The left operands of both halves of a stage: one is decoded while the other one is multiplied.
       unsigned left[2][kProducts][4];
       const int first_row = row_of(piece), first_token = token_of(piece);
+      const int end_token = min(first_token + decltype(tokens)::value / kShare * p.share, p.m);
       int64_t row_begin[2];
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
@@ -329,7 +331,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       for (int j = 0; j < decltype(tokens)::value / 8; ++j) {
         const unsigned upper = pack_pair<T>(sums[4 * j] + bias[0], sums[4 * j + 1] + bias[0]);
         const unsigned lower = pack_pair<T>(sums[4 * j + 2] + bias[1], sums[4 * j + 3] + bias[1]);
-        store_columns(out, p, upper, lower, first_token + 8 * j, first_row + warp_row, lane);
+        store_columns(out, p, upper, lower, first_token + 8 * j, end_token, first_row + warp_row, lane);
       }
     };
     int piece = first_piece;
@@ -350,8 +352,9 @@ void run(const Launch& launch, const Gemm4& p) {
   const auto kernel = gemm4_wide<T, kType, kNested>;
   static SharedMemoryLimit limit;
   limit.raise(launch, reinterpret_cast<const void*>(kernel), kSharedBytes);
+  const int share = tile_share(p.m, kCluster * ceil_div(p.m, kTokens));
   const CUtensorMap activations =
-      matrix_map(p.a, tensor_map_type<T>(), 2, p.m, p.k, kTokens / kCluster, kChunk, CU_TENSOR_MAP_SWIZZLE_128B);
+      matrix_map(p.a, tensor_map_type<T>(), 2, p.m, p.k, share, kChunk, CU_TENSOR_MAP_SWIZZLE_128B);
   const CUtensorMap weight = matrix_map(p.packed, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, p.n, p.k / 2, kRows, kCodePitch,
                                         CU_TENSOR_MAP_SWIZZLE_32B);
   const int64_t tiles = ceil_div(p.n, kRows * kCluster) * ceil_div(p.m, kTokens);
@@ -361,6 +364,7 @@ void run(const Launch& launch, const Gemm4& p) {
                         static_cast<int>(p.n),
                         static_cast<int>(p.k),
                         static_cast<int>(tiles - halved),
+                        share,
                         exact_log2(p.blocksize),
                         exact_log2(p.statistics.nested_blocksize),
                         p.bias,

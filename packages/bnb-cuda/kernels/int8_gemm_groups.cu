@@ -336,7 +336,7 @@ void run(const Launch& launch, const Gemm8& p) {
   limit.raise(launch, reinterpret_cast<const void*>(kernel), Layout::kBytes);
   constexpr auto kByte = CU_TENSOR_MAP_DATA_TYPE_UINT8;
   constexpr auto kSwizzle = CU_TENSOR_MAP_SWIZZLE_128B;
-  const int tokens = tile_share(p.m, kTokens);
+  const int tokens = tile_share(p.m, ceil_div(p.m, kTokens));
   Maps maps{};
   maps.activations = matrix_map(p.a, kByte, 1, p.m, p.k, tokens, kStep, kSwizzle);
   maps.weight = matrix_map(p.b, kByte, 1, p.n, p.k, Layout::kBoxRows, kStep, kSwizzle);

@@ -56,12 +56,11 @@ inline CUtensorMap matrix_map(const void* data, CUtensorMapDataType type, int el
                        {static_cast<cuuint32_t>(box_columns), static_cast<cuuint32_t>(box_rows)}, swizzle);
 }
 
-// Rows of activations of a tile, of which up to `room` are multiplied: evenly shared by as few tiles as can be. Rows
-// that a matrix does not have take the copy engine long, which fills them with zeros; rows beyond a tile are not asked
-// for, and no product of theirs is kept.
-inline int tile_share(int64_t rows, int room) {
+// Rows of activations of each of so many tiles, which share them evenly. Rows that a matrix does not have take the copy
+// engine long, which fills them with zeros; rows beyond a tile are not asked for, and no product of theirs is kept.
+inline int tile_share(int64_t rows, int64_t tiles) {
   constexpr int kGroup = 8;  // lies in one piece under the swizzle
-  return static_cast<int>(ceil_div(ceil_div(rows, ceil_div(rows, room)), kGroup) * kGroup);
+  return static_cast<int>(ceil_div(ceil_div(rows, tiles), kGroup) * kGroup);
 }
 
 // Where boxes whose rows are swizzled over 128 bytes begin in shared memory.

@@ -54,7 +54,7 @@ def test_int8(n, k, outliers, dtype):
 @pytest.mark.parametrize(("n", "k"), [(16, 64), (77, 2048), (257, 320), (1000, 192), (4100, 1088), (14336, 512)])
 def test_wide_4bit(n, k, quant_type, blocksize, nested, dtype, monkeypatch):
     monkeypatch.setattr("bnb_cuda.matmul.plan", lambda *sizes: Plan(Path.WIDE))
-    check_4bit(n, k, quant_type, blocksize, nested, dtype, (1, 100, 129, 256, 257, 513, 1000))
+    check_4bit(n, k, quant_type, blocksize, nested, dtype, (1, 100, 129, 136, 160, 256, 257, 300, 513, 1000))
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
