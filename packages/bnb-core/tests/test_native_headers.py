@@ -82,9 +82,26 @@ def test_importing_it_imports_no_torch() -> None:
     assert run("-c", code).stdout.strip() == "[]"
 
 
+def included_by(header: Path) -> list[str]:
+    return re.findall(r"^#include [<\"](.*)[>\"]", header.read_text(), re.MULTILINE)
+
+
 def test_headers_include_only_themselves_and_the_freestanding_library() -> None:
-    """Device compilers read them too: no header of the host's standard library beyond these."""
+    """Device compilers read them too: no header of the host's standard library beyond these, nor those for Python."""
     allowed = {"cstdint", "cstring", "math.h"}
+    own = {f"bnb/{header.name}" for header in HEADERS.glob("*.h")}
+    assert "bnb/quant.h" in own
     for header in HEADERS.glob("*.h"):
-        for included in re.findall(r"^#include [<\"](.*)[>\"]", header.read_text(), re.MULTILINE):
-            assert included in allowed or (HEADERS.parent / included).is_file(), f"{header.name}: {included}"
+        for included in included_by(header):
+            assert included in allowed | own, f"{header.name}: {included}"
+
+
+def test_headers_for_python_modules_are_complete() -> None:
+    """Host compilers alone read them: all that they include of ours is shipped, and nothing needs torch or nanobind's
+    own headers, which the module includes before."""
+    headers = sorted((HEADERS / "python").glob("*.h"))
+    assert headers
+    for header in headers:
+        for included in included_by(header):
+            ships_it = (HEADERS.parent / included).is_file()
+            assert ships_it if included.startswith("bnb/") else "/" not in included, f"{header.name}: {included}"

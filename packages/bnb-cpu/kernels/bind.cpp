@@ -5,8 +5,8 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
-#include <bnb/bind_repeats.h>
 #include <bnb/bind_tensors.h>
+#include <bnb/python/bind_repeats.h>
 #include <bnb/rules.h>
 #include <type_traits>
 

@@ -2,7 +2,7 @@
 // Their context is the number of threads. Needs Python.h, in its limited form, to be included before.
 #pragma once
 
-#include <bnb/arguments.h>
+#include <bnb/python/arguments.h>
 
 #include <cstdint>
 

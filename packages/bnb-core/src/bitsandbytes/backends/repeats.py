@@ -28,7 +28,7 @@ def native_repeats(module: Any, op: str, context: Callable[[], int], largest: in
     """Repeated calls of a kernel of a native module, for an op with one new tensor as its result.
 
     Args:
-        module: the module, with the functions of ``bnb/bind_repeats.h``.
+        module: the module, with the functions of ``bnb/python/bind_repeats.h``.
         op: name under which the module has the kernel.
         context: gives the integer that the kernel is called with.
         largest: calls with results of more bytes go the usual way.

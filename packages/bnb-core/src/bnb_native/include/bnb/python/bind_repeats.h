@@ -2,7 +2,7 @@
 // nanobind/nanobind.h to be included before.
 #pragma once
 
-#include <bnb/repeats.h>
+#include <bnb/python/repeats.h>
 
 #include <string>
 #include <unordered_map>

@@ -5,7 +5,7 @@
 // neither. Needs Python.h, in its limited form, to be included before, and the GIL.
 #pragma once
 
-#include <bnb/arguments.h>
+#include <bnb/python/arguments.h>
 
 #include <algorithm>
 #include <cstdint>
