@@ -137,6 +137,7 @@ NB_MODULE(_C, m) {
   });
   m.def("int8_gemm_fits", &int8_gemm_fits);
   m.attr("OUTLIER_COUNT_WORDS") = Outliers::kCountWords;
+  m.def("outlier_flag_words", &outlier_flag_words);
   m.attr("GATHERED_MULTIPLE") = kGatheredMultiple;
   m.def("gathered_room", &gathered_room);
   // `gathered`, `room`: see Gemm8; for path 3 with outliers.

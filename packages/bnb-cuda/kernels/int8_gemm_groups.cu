@@ -5,9 +5,9 @@
 // multiply them with the matrix units, while the next tile's columns already arrive. Two thread blocks of a cluster
 // that share rows of the weight bring one half of them each, for both.
 //
-// The warps that have nothing to copy gather outlier columns and fetch what a tile needs in the end, while it is
-// multiplied: scales and bias. Stages of outlier columns follow those of integers, whose scaled sums they add to; see
-// int8_outliers.h.
+// The warps that have nothing to copy fetch what a tile needs in the end, while it is multiplied: one of them scales,
+// bias and outlier columns of the activations, the others those of the weight. Stages of outlier columns follow those
+// of integers, whose scaled sums they add to; see int8_outliers.h.
 #include <type_traits>
 
 #include "clusters.h"
@@ -23,11 +23,13 @@ constexpr int kMathWarps = kMathThreads / kLanes;
 constexpr int kThreads = kMathThreads + kGroupThreads;
 constexpr int kStep = kSwizzledRowBytes;  // columns of a stage
 constexpr int kSlots = 2;                 // of constants of a tile
-constexpr int kConstantThreads = kGatherWarps * kLanes;
+// Besides the warp that copies and the pickers.
+constexpr int kConstantThreads = kLanes;
+static_assert(kGroupThreads == kLanes + kConstantThreads + kPickers * kLanes, "all warps have a role");
 // Up to so many columns, rounded up, gathering costs less than multiplying all columns in place (measured on an H200).
-constexpr int kGatheredShare = 16;
+constexpr int kGatheredShare = 8;
 
-template <int kTokens, int kRows, int kCluster>
+template <bool kOutliers, int kTokens, int kRows, int kCluster>
 struct Shape {
   // Groups share the rows of activations, or those of the weight.
   static constexpr bool kSharesTokens = kTokens == 128;
@@ -37,12 +39,14 @@ struct Shape {
   static constexpr int kMaskedBytes = kTokenBytes + kRows * kOutlierStep;  // of a stage to be masked
   // Scales of tokens, scales of rows of the weight, bias of these rows; as floats.
   static constexpr int kConstants = kTokens + 2 * kRows;
-  static constexpr int kFit = (kSharedLimit - kSlots * 4 * kConstants) / kStageBytes;
+  static constexpr int kBoxRows = kRows / kCluster;
+  static constexpr int kPanelBytes = kOutliers ? kBoxRows * kStep : 0;
+  static constexpr int kFit = (kSharedLimit - kPanelBytes - kSlots * 4 * kConstants) / kStageBytes;
   static constexpr int kStages = kFit < 8 ? kFit : 8;
-  static constexpr int kConstantsBegin = kStages * kStageBytes;
+  static constexpr int kPanelBegin = kStages * kStageBytes;
+  static constexpr int kConstantsBegin = kPanelBegin + kPanelBytes;
   static constexpr int kBarriers = kConstantsBegin + kSlots * 4 * kConstants;
   static constexpr int kBytes = kBarriers + 256;
-  static constexpr int kBoxRows = kRows / kCluster;
 };
 
 // Fetches the constants of a tile; zeros beyond the matrices.
@@ -106,20 +110,21 @@ __device__ __forceinline__ void store_rows(T* out, unsigned (&words)[4], const P
 // Codes of the activations and of the weight; for a few outlier columns both side by side, for many all values and
 // again the weight.
 struct Maps {
-  CUtensorMap activations, weight, few_values, few_codes, all_values, all_codes;
+  CUtensorMap activations, weight, few_values, few_codes, picked_codes, all_values, all_codes;
 };
 
 template <class T, bool kOutliers, int kTokens, int kRows, int kCluster>
 __global__ void __launch_bounds__(kThreads, 1)
     int8_groups(const __grid_constant__ Maps maps, const Problem p, T* __restrict__ out) {
 #if BNB_WGMMA
-  using Layout = Shape<kTokens, kRows, kCluster>;
+  using Layout = Shape<kOutliers, kTokens, kRows, kCluster>;
   constexpr int kStages = Layout::kStages, kGroupRows = Layout::kGroupRows;
   extern __shared__ __align__(1024) unsigned char shared[];
   uint64_t* full = reinterpret_cast<uint64_t*>(shared + Layout::kBarriers);
   uint64_t* drained = full + kStages;
   uint64_t* known = drained + kStages;
   uint64_t* read = known + kSlots;
+  uint64_t* picked = read + kSlots;
 
   const int rank = kCluster > 1 ? static_cast<int>(blockIdx.x) % kCluster : 0;
   const int token_tiles = (p.m + kTokens * kCluster - 1) / (kTokens * kCluster);
@@ -135,12 +140,13 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (threadIdx.x == 0) {
     for (int s = 0; s < kStages; ++s) {
       initialize(full + s, 1);
-      initialize(drained + s, kMathWarps * kCluster);
+      initialize(drained + s, (kMathWarps + (kOutliers ? kPickers : 0)) * kCluster);
     }
     for (int s = 0; s < kSlots; ++s) {
       initialize(known + s, kConstantThreads);
       initialize(read + s, kMathWarps * kWarpArrivals);
     }
+    initialize(picked, kPickers * kWarpArrivals);
     publish_barriers();
     for (int step = 0; step < min(steps, kPrefetchedStages); ++step) {
       prefetch_box(maps.weight, step * kStep, row_of(first_tile) + rank * Layout::kBoxRows);
@@ -156,7 +162,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   wait_for_kernel_ahead();
   let_kernel_behind_begin();
   const int count = kOutliers ? *p.outliers.count : 0;
-  const bool masked = kOutliers && count > p.room;
+  const bool masked = kOutliers && count > p.room, gathers = count > 0 && !masked;
   const int outlier_steps = ((masked ? p.k : count) + kOutlierStep - 1) / kOutlierStep;
 
   if (warp >= kMathWarps) {
@@ -164,6 +170,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (warp == kMathWarps) {
       if (lane == 0) {
         RingPlace<kStages> place;
+        int picked_parity = 0;
         // Has a stage brought, with `bytes` in all: rows of the activations, and this thread block's share of the
         // weight for all of the cluster, to `box`.
         const auto bring = [&](int bytes, const CUtensorMap& left, int token, const CUtensorMap& right, int row,
@@ -185,8 +192,12 @@ __global__ void __launch_bounds__(kThreads, 1)
           for (int step = 0; step < steps; ++step) {
             bring(Layout::kStageBytes, maps.activations, token, maps.weight, row, step * kStep, box_row * kStep);
           }
-          if (kOutliers && tile == first_tile && count > 0 && !masked) {
-            wait_for_gathered(p);
+          if (kOutliers && gathers) {
+            if (tile == first_tile) {
+              wait_for_gathered(p);
+            }
+            wait(picked, picked_parity);
+            picked_parity ^= 1;
           }
           for (int step = 0; step < outlier_steps; ++step) {
             if (masked) {
@@ -200,10 +211,9 @@ __global__ void __launch_bounds__(kThreads, 1)
         }
       }
       __syncwarp();
-    } else {
-      const int thread = static_cast<int>(threadIdx.x) - kMathThreads - kLanes;
+    } else if (warp == kMathWarps + 1) {
       if constexpr (kOutliers) {
-        if (count > 0 && !masked) {
+        if (gathers) {
           gather_outliers<T>(p, count, lane);
         }
       }
@@ -211,9 +221,34 @@ __global__ void __launch_bounds__(kThreads, 1)
       for (int tile = first_tile; tile < tiles; tile += stride) {
         wait(read + place.slot, place.parity ^ 1);
         fetch_constants<kTokens, kRows>(constants + place.slot * Layout::kConstants, p, token_of(tile), row_of(tile),
-                                        thread);
+                                        lane);
         arrive(known + place.slot);
         place.advance();
+      }
+      __syncwarp();
+    } else if constexpr (kOutliers) {
+      const StageRelease<kCluster> release(drained, lane);
+      // A picker's share of the rows that this thread block brings.
+      constexpr int kOwnRows = Layout::kBoxRows / kPickers;
+      const int own = (warp - kMathWarps - 2) * kOwnRows, box_row = rank * Layout::kBoxRows + own;
+      RingPlace<kStages> place;
+      const auto pass_stage = [&](auto&& use) {
+        wait(full + place.slot, place.parity);
+        use(shared + place.slot * Layout::kStageBytes + Layout::kTokenBytes + box_row * kStep);
+        release(place.slot);
+        place.advance();
+      };
+      for (int tile = first_tile; tile < tiles; tile += stride) {
+        CodePicker<T, kOwnRows> codes(p, maps.picked_codes, gathers ? count : 0, row_of(tile) + box_row,
+                                      shared + Layout::kPanelBegin + own * kStep, lane);
+        for (int step = 0; step < steps; ++step) {
+          pass_stage([&](const unsigned char* stage) { codes.pick(stage, (step + 1) * kStep); });
+        }
+        codes.finish();
+        arrive_as_warp(picked, lane);
+        for (int step = 0; step < outlier_steps; ++step) {
+          pass_stage([](const unsigned char*) {});
+        }
       }
       __syncwarp();
     }
@@ -330,7 +365,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 template <class T, bool kOutliers, int kTokens, int kRows, int kCluster>
 void run(const Launch& launch, const Gemm8& p) {
-  using Layout = Shape<kTokens, kRows, kCluster>;
+  using Layout = Shape<kOutliers, kTokens, kRows, kCluster>;
   const auto kernel = int8_groups<T, kOutliers, kTokens, kRows, kCluster>;
   static SharedMemoryLimit limit;
   limit.raise(launch, reinterpret_cast<const void*>(kernel), Layout::kBytes);
@@ -345,6 +380,8 @@ void run(const Launch& launch, const Gemm8& p) {
     const T* gathered = static_cast<const T*>(p.gathered);
     maps.few_values = matrix_map(gathered + p.n * p.room, kTwoBytes, 2, p.m, p.room, tokens, kOutlierStep, kSwizzle);
     maps.few_codes = matrix_map(gathered, kTwoBytes, 2, p.n, p.room, Layout::kBoxRows, kOutlierStep, kSwizzle);
+    maps.picked_codes =
+        matrix_map(gathered, kTwoBytes, 2, p.n, p.room, Layout::kBoxRows / kPickers, kOutlierStep, kSwizzle);
     maps.all_values = matrix_map(p.values, kTwoBytes, 2, p.m, p.k, tokens, kOutlierStep, kSwizzle);
     maps.all_codes = matrix_map(p.b, kByte, 1, p.n, p.k, Layout::kBoxRows, kOutlierStep);
   }

@@ -1,11 +1,14 @@
 // How outlier columns come into the tiles of int8_gemm_groups.cu: as stages of 64 columns of 16-bit numbers, in which
 // both values and codes are exact.
 //
-// Up to as many as the caller has memory for, warps with nothing else to do put them side by side while the integers
-// are multiplied. They take rows as they get to them, and each has its rows done before it waits for anything: no
-// thread block depends on one that has not begun. More columns are multiplied where they lie: the copy engine brings
-// all columns of the activations and codes of the weight, and the warps that multiply first clear the columns without
-// an outlier and widen the codes.
+// Up to as many as the caller has memory for are put side by side there while the integers are multiplied. Codes of the
+// weight are picked out of the stages that are in shared memory for that, since memory would bring 64 bytes for each.
+// Thread blocks with the same rows of the weight all pick them, and write the same. Values are gathered by warps that
+// take rows as they get to them, and each has its rows done before it waits for anything: no thread block depends on
+// one that has not begun.
+//
+// More columns are multiplied where they lie: the copy engine brings all columns of the activations and codes of the
+// weight, and the warps that multiply first clear the columns without an outlier and widen the codes.
 //
 // Where the integers contain the outlier columns too, what is multiplied of a value is the rest that its code leaves:
 // the value itself for an outlier, whose code is 0, and next to nothing for others.
@@ -41,26 +44,31 @@ struct Problem {
   int bias_dtype;
 };
 
-constexpr int kGatherWarps = kGroupThreads / kLanes - 1;
 // Values of which each lane has the loads under way.
-constexpr int kGatheredAtOnce = 16;
+constexpr int kGatheredAtOnce = 8;
 
-// How the rows of both matrices are handed out: in as many chunks as there are warps, if all begin at once.
+// How the rows of the activations are handed out: in as many chunks as there are thread blocks, if all begin at once.
 struct GatherPlan {
-  int rows, weight_chunks, chunks;
+  int rows, chunks;
 
   __device__ __forceinline__ explicit GatherPlan(const Problem& p) {
-    const int warps = static_cast<int>(gridDim.x) * kGatherWarps;
-    rows = (p.n + p.m + warps - 1) / warps;
-    weight_chunks = (p.n + rows - 1) / rows;
-    chunks = weight_chunks + (p.m + rows - 1) / rows;
+    const int blocks = static_cast<int>(gridDim.x);
+    rows = (p.m + blocks - 1) / blocks;
+    chunks = (p.m + rows - 1) / rows;
   }
 };
 
-// Writes the outlier columns of `rows` rows, up to the end of a stage. `load`: of a row and a column.
-template <class T, class Load>
-__device__ __forceinline__ void gather_rows(T* out, const Problem& p, int count, int rows, int lane, Load&& load) {
+// Where outlier columns of the activations lie side by side, behind those of the weight.
+template <class T>
+__device__ __forceinline__ T* gathered_values(const Problem& p, int row) {
+  return static_cast<T*>(p.gathered) + static_cast<int64_t>(p.n + row) * p.room;
+}
+
+// Writes the outlier columns of `rows` rows of the activations, up to the end of a stage.
+template <class T>
+__device__ __forceinline__ void gather_rows(const Problem& p, int count, int first, int rows, int lane) {
   constexpr int kPerVector = 16 / sizeof(T), kVectors = kOutlierStep / kPerVector;
+  T* out = gathered_values<T>(p, first);
   const int whole = count / kOutlierStep * kOutlierStep;
   for (int i = lane; count > whole && i < rows * kVectors; i += kLanes) {
     T* to = out + static_cast<int64_t>(i / kVectors) * p.room + whole + i % kVectors * kPerVector;
@@ -70,50 +78,38 @@ __device__ __forceinline__ void gather_rows(T* out, const Problem& p, int count,
   // A power of two of places for each row, so that no index is a quotient.
   const int shift = count > 1 ? kLanes - __clz(count - 1) : 0, mask = (1 << shift) - 1, items = rows << shift;
   for (int begin = lane; begin < items; begin += kGatheredAtOnce * kLanes) {
-    T values[kGatheredAtOnce];
+    T rests[kGatheredAtOnce];
 #pragma unroll
     for (int u = 0; u < kGatheredAtOnce; ++u) {
-      const int item = min(begin + u * kLanes, items - 1);
-      values[u] = load(item >> shift, p.outliers.columns[min(item & mask, count - 1)]);
+      const int item = min(begin + u * kLanes, items - 1), row = first + (item >> shift);
+      const int64_t place = static_cast<int64_t>(row) * p.k + p.outliers.columns[min(item & mask, count - 1)];
+      const float code = p.token_codes == nullptr ? 0.0f : p.token_codes[place];
+      const float value = to_float(static_cast<const T*>(p.values)[place]);
+      rests[u] = from_float<T>(rest_of_code(value, code, p.a_absmax[row] * (1.0f / 127.0f)));
     }
 #pragma unroll
     for (int u = 0; u < kGatheredAtOnce; ++u) {
       const int item = begin + u * kLanes;
       if (item < items && (item & mask) < count) {
-        out[static_cast<int64_t>(item >> shift) * p.room + (item & mask)] = values[u];
+        out[static_cast<int64_t>(item >> shift) * p.room + (item & mask)] = rests[u];
       }
     }
   }
 }
 
-// Puts outlier columns side by side, of the weight and of the activations, until nobody has anything left to do.
+// Puts outlier columns of the activations side by side, until nobody has anything left to do.
 template <class T>
 __device__ __forceinline__ void gather_outliers(const Problem& p, int count, int lane) {
   int* taken = p.outliers.count + 1;
   int* done = p.outliers.count + 2;
   const GatherPlan plan(p);
-  const T* values = static_cast<const T*>(p.values);
-  T* gathered = static_cast<T*>(p.gathered);
   while (true) {
     const int chunk = shuffle(lane == 0 ? atomicAdd(taken, 1) : 0, 0);
     if (chunk >= plan.chunks) {
       return;
     }
-    const bool of_weight = chunk < plan.weight_chunks;
-    const int first = (of_weight ? chunk : chunk - plan.weight_chunks) * plan.rows;
-    const int rows = min(plan.rows, (of_weight ? p.n : p.m) - first);
-    const auto place_of = [&](int row, int column) { return static_cast<int64_t>(first + row) * p.k + column; };
-    if (of_weight) {
-      gather_rows(gathered + static_cast<int64_t>(first) * p.room, p, count, rows, lane,
-                  [&](int row, int column) { return from_float<T>(p.codes[place_of(row, column)]); });
-    } else {
-      gather_rows(gathered + static_cast<int64_t>(p.n + first) * p.room, p, count, rows, lane,
-                  [&](int row, int column) {
-                    const float code = p.token_codes == nullptr ? 0.0f : p.token_codes[place_of(row, column)];
-                    const float scale = p.a_absmax[first + row] * (1.0f / 127.0f);
-                    return from_float<T>(rest_of_code(to_float(values[place_of(row, column)]), code, scale));
-                  });
-    }
+    const int first = chunk * plan.rows;
+    gather_rows<T>(p, count, first, min(plan.rows, p.m - first), lane);
     publish_to_copy_engine();
     __syncwarp();
     if (lane == 0) {
@@ -123,13 +119,125 @@ __device__ __forceinline__ void gather_outliers(const Problem& p, int count, int
   }
 }
 
-// Until all outlier columns lie side by side, for the copy engine to see.
+// Until all outlier columns of the activations lie side by side, for the copy engine to see.
 __device__ __forceinline__ void wait_for_gathered(const Problem& p) {
   const int chunks = GatherPlan(p).chunks;
   while (load_acquiring(p.outliers.count + 2) < chunks) {
   }
   publish_to_copy_engine();
 }
+
+constexpr int kPickers = 2;  // warps, which share the rows of a tile
+
+// Picks the outlier columns of rows of the weight out of the stages of a tile that pass by. A warp does. It puts them
+// side by side in shared memory, as a panel that the copy engine writes when it is full.
+//
+// A lane takes every fourth column of the list, by itself, in one of eight rows, and then in those rows below them for
+// which the swizzle is the same.
+template <class T, int kRows>
+class CodePicker {
+ public:
+  // `panel`: room for so many rows of a stage. `map`: describes the columns side by side, a panel at a time.
+  __device__ __forceinline__ CodePicker(const Problem& p, const CUtensorMap& map, int count, int first_row,
+                                        unsigned char* panel, int lane)
+      : p_(p),
+        map_(map),
+        count_(count),
+        first_row_(first_row),
+        panel_(panel),
+        lane_(lane),
+        place_(lane % kColumnsAtOnce),
+        column_(column_at(place_)),
+        next_column_(column_at(place_ + kColumnsAtOnce)) {
+    begin_panel();
+  }
+
+  // `codes`: columns of these rows up to `end`, as the copy engine brings them.
+  __device__ __forceinline__ void pick(const unsigned char* codes, int end) {
+    while (true) {
+      while (column_ < end && place_ < panel_end_) {
+        move(codes);
+        place_ += kColumnsAtOnce;
+        column_ = next_column_;
+        next_column_ = column_at(place_ + kColumnsAtOnce);
+      }
+      if (group_any(place_ < panel_end_)) {
+        return;
+      }
+      write_panel();
+      panel_end_ += kOutlierStep;
+      begin_panel();
+    }
+  }
+
+  // After the last stage: when the caller goes on, the copy engine can bring what it has written.
+  __device__ __forceinline__ void finish() {
+    if (count_ > panel_end_ - kOutlierStep) {
+      write_panel();
+    }
+    if (lane_ == 0) {
+      wait_for_writes();
+    }
+    publish_to_copy_engine();
+    __syncwarp();
+  }
+
+ private:
+  static constexpr int kRowsAtOnce = kSwizzleTile / kSwizzledRowBytes;
+  static constexpr int kColumnsAtOnce = kLanes / kRowsAtOnce;
+
+  // Of the list, which is in ascending order; what follows is beyond all stages.
+  __device__ __forceinline__ int column_at(int place) const {
+    return place < count_ ? p_.outliers.columns[place] : 0x7fffffff;
+  }
+
+  // Columns of the last panel of which there is no outlier get 0.
+  __device__ __forceinline__ void begin_panel() {
+    const int held = count_ - (panel_end_ - kOutlierStep);
+    if (held > 0 && held < kOutlierStep) {
+      for (int i = lane_; i < kRows * kSwizzledRowBytes / 16; i += kLanes) {
+        reinterpret_cast<uint4*>(panel_)[i] = make_uint4(0, 0, 0, 0);
+      }
+    }
+    __syncwarp();
+  }
+
+  // Moves this lane's column to its place of the panel.
+  __device__ __forceinline__ void move(const unsigned char* codes) {
+    const int row = lane_ / kColumnsAtOnce;
+    const unsigned column = static_cast<unsigned>(column_) % kSwizzledRowBytes;
+    const unsigned place = static_cast<unsigned>(place_) % kOutlierStep * static_cast<unsigned>(sizeof(T));
+    const unsigned char* from = codes + swizzled_place(row, column);
+    unsigned char* to = panel_ + swizzled_place(row, place);
+    int8_t moved[kRows / kRowsAtOnce];
+#pragma unroll
+    for (int i = 0; i < kRows / kRowsAtOnce; ++i) {
+      moved[i] = *reinterpret_cast<const int8_t*>(from + i * kSwizzleTile);
+    }
+#pragma unroll
+    for (int i = 0; i < kRows / kRowsAtOnce; ++i) {
+      *reinterpret_cast<T*>(to + i * kSwizzleTile) = from_float<T>(moved[i]);
+    }
+  }
+
+  __device__ __forceinline__ void write_panel() {
+    publish_to_matrix_units();
+    __syncwarp();
+    if (lane_ == 0) {
+      write_box(map_, panel_end_ - kOutlierStep, first_row_, panel_);
+      wait_for_reads_of_writes();
+    }
+    __syncwarp();
+  }
+
+  const Problem& p_;
+  const CUtensorMap& map_;
+  const int count_, first_row_;
+  unsigned char* const panel_;
+  const int lane_;
+  int panel_end_ = kOutlierStep;
+  int place_, column_, next_column_;
+};
 
 // A thread's share in making operands of the stages of a tile. The copy engine brings values of the activations as the
 // matrix units want them, and codes of the weight in rows of 64 bytes to where they shall stand widened.
@@ -178,9 +286,7 @@ class MaskedStages {
   static constexpr int kWeightPieces = kRows * kPieces / 2 / kMathThreads;
 
   // Place of a 16-byte piece of a row.
-  static __device__ __forceinline__ int place(int row, int piece) {
-    return row * kSwizzledRowBytes + (piece ^ (row % kPieces)) * 16;
-  }
+  static __device__ __forceinline__ int place(int row, int piece) { return swizzled_place(row, piece * 16); }
 
   static __device__ __forceinline__ int row_of(int i) { return i * (kMathThreads / kPieces) + threadIdx.x / kPieces; }
 

@@ -1,4 +1,7 @@
 // Row-wise int8 quantization of LLM.int8(), with outlier columns found on the device.
+//
+// Few rows with outliers take one launch (int8_quant_few.cu). Of more rows each keeps flags of its own, which the next
+// launch merges; of very many, the last thread block lists the columns that all of them have flagged.
 #include <type_traits>
 
 #include "int8_quant.h"
@@ -7,21 +10,43 @@ namespace bnb_gpu {
 namespace {
 
 constexpr int kThreads = 256;
+constexpr int kMergeThreads = 1024;
+// Rows of whose flags a thread has the loads under way.
+constexpr int kMergedAtOnce = 8;
+// Bytes of flags of all rows that one thread block merges.
+constexpr int64_t kMostMerged = 1 << 18;
 
-// One thread block per row, the row in registers: columns a multiple of 8, at most kVectors * 2048.
-template <class T, int kVectors>
-__global__ void __launch_bounds__(kThreads)
+// Flags of a row's columns, in vectors of 16 bytes.
+__host__ __device__ constexpr int64_t flag_vectors(int64_t columns) { return (columns + 127) / 128; }
+
+// Whether rows keep flags of their own.
+bool merges_flags(int64_t rows, int64_t columns) {
+  return rows > 0 && columns > 0 && columns % kPerVector == 0 && columns <= kMostColumns &&
+         rows * flag_vectors(columns) * 16 <= kMostMerged;
+}
+
+// Where the flags of the rows begin, behind those of the columns and the word that counts.
+uint8_t* row_flags(const Outliers& outliers, int64_t columns) {
+  const auto end = reinterpret_cast<uintptr_t>(outliers.flags + ceil_div(columns, 32) + 1);
+  return reinterpret_cast<uint8_t*>(ceil_div(end, uintptr_t{16}) * 16);
+}
+
+// One thread block per row, the row in registers: columns a multiple of 8, of which a thread has up to so many vectors.
+// `own_flags`: those of the rows, if they keep any.
+template <class T, int kRowThreads, int kVectors>
+__global__ void __launch_bounds__(kRowThreads)
     quantize_row(const T* __restrict__ x, int columns, float threshold, int8_t* __restrict__ codes,
-                 float* __restrict__ absmax, const Outliers outliers) {
+                 float* __restrict__ absmax, const Outliers outliers, uint8_t* __restrict__ own_flags) {
   __shared__ unsigned scratch[kLanes];
   let_kernel_behind_begin();
   wait_for_kernel_ahead();
   const int64_t row = blockIdx.x;
   const T* from = after_wait(x) + row * columns;
+  const int64_t row_flag_bytes = flag_vectors(columns) * 16;
   Vector<T, kPerVector> values[kVectors];
 #pragma unroll
   for (int v = 0; v < kVectors; ++v) {
-    const int column = (v * kThreads + threadIdx.x) * kPerVector;
+    const int column = (v * kRowThreads + threadIdx.x) * kPerVector;
     if (column < columns) {
       values[v] = load_streaming<T, kPerVector>(from + column);
     }
@@ -29,16 +54,22 @@ __global__ void __launch_bounds__(kThreads)
   unsigned bits = 0;
 #pragma unroll
   for (int v = 0; v < kVectors; ++v) {
-    const int column = (v * kThreads + threadIdx.x) * kPerVector;
+    const int column = (v * kRowThreads + threadIdx.x) * kPerVector;
+    unsigned flagged = 0;
     if (column < columns) {
 #pragma unroll
       for (int i = 0; i < kPerVector; ++i) {
         const float value = to_float(values[v].values[i]);
         bits = max(bits, inlier_bits(value, threshold));
-        if (threshold > 0.0f && fabsf(value) >= threshold) {
-          flag_column(outliers.flags, column + i);
-        }
+        flagged |= threshold > 0.0f && fabsf(value) >= threshold ? 1u << i : 0u;
       }
+    }
+    if (own_flags == nullptr) {
+      for (; flagged != 0; flagged &= flagged - 1) {
+        flag_column(outliers.flags, column + __ffs(static_cast<int>(flagged)) - 1);
+      }
+    } else if (column < row_flag_bytes * 8) {
+      own_flags[row * row_flag_bytes + column / kPerVector] = static_cast<uint8_t>(flagged);
     }
   }
   bits = block_max(bits, scratch);
@@ -48,7 +79,7 @@ __global__ void __launch_bounds__(kThreads)
   }
 #pragma unroll
   for (int v = 0; v < kVectors; ++v) {
-    const int column = (v * kThreads + threadIdx.x) * kPerVector;
+    const int column = (v * kRowThreads + threadIdx.x) * kPerVector;
     if (column < columns) {
       Vector<int8_t, kPerVector> out;
 #pragma unroll
@@ -61,9 +92,49 @@ __global__ void __launch_bounds__(kThreads)
       *reinterpret_cast<Vector<int8_t, kPerVector>*>(codes + row * columns + column) = out;
     }
   }
-  if (threshold > 0.0f) {
+  if (threshold > 0.0f && own_flags == nullptr) {
     list_columns_at_last(outliers, columns);
   }
+}
+
+// Lists the columns that rows have flagged. One thread block, whose threads share the rows.
+__global__ void __launch_bounds__(kMergeThreads)
+    merge_flags(const uint8_t* __restrict__ own_flags, int rows, int columns, const Outliers outliers) {
+  __shared__ __align__(16) unsigned merged[kMostColumns / 32];
+  const int vectors = static_cast<int>(flag_vectors(columns)), shares = kMergeThreads / vectors;
+  const int own = static_cast<int>(threadIdx.x) % vectors, share = static_cast<int>(threadIdx.x) / vectors;
+  for (int i = threadIdx.x; i < vectors * 4; i += kMergeThreads) {
+    merged[i] = 0;
+  }
+  let_kernel_behind_begin();
+  wait_for_kernel_ahead();
+  const uint4* from = reinterpret_cast<const uint4*>(after_wait(own_flags)) + own;
+  uint4 flags = make_uint4(0, 0, 0, 0);
+  for (int first = share; share < shares && first < rows; first += kMergedAtOnce * shares) {
+    uint4 of_rows[kMergedAtOnce];
+#pragma unroll
+    for (int u = 0; u < kMergedAtOnce; ++u) {
+      // Rows that do not exist stand for the last one.
+      of_rows[u] = from[static_cast<int64_t>(min(first + u * shares, rows - 1)) * vectors];
+    }
+#pragma unroll
+    for (const uint4& row : of_rows) {
+      flags = make_uint4(flags.x | row.x, flags.y | row.y, flags.z | row.z, flags.w | row.w);
+    }
+  }
+  __syncthreads();
+  const unsigned words[4] = {flags.x, flags.y, flags.z, flags.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if (words[i] != 0) {
+      atomicOr(merged + own * 4 + i, words[i]);
+    }
+  }
+  __syncthreads();
+  list_columns(outliers, columns, [&](int64_t word) {
+    outliers.flags[word] = merged[word];
+    return merged[word];
+  });
 }
 
 // Any number of columns, in two passes.
@@ -95,6 +166,16 @@ __global__ void __launch_bounds__(kThreads)
   }
   if (threshold > 0.0f) {
     list_columns_at_last(outliers, columns);
+  }
+}
+
+// Begins flags at zero. A dependent launch, which a memset is not.
+__global__ void __launch_bounds__(kThreads) clear_words(unsigned* __restrict__ words, int64_t count) {
+  let_kernel_behind_begin();
+  wait_for_kernel_ahead();
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < count;
+       i += static_cast<int64_t>(gridDim.x) * kThreads) {
+    words[i] = 0;
   }
 }
 
@@ -135,33 +216,45 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+template <int kValue>
+using Number = std::integral_constant<int, kValue>;
+
 template <class T>
 void quantize(const Launch& launch, const T* x, int64_t rows, int64_t columns, float threshold, int8_t* codes,
-              float* absmax, const Outliers& outliers) {
-  const Grid grid{dim3(static_cast<unsigned>(rows)), kThreads};
-  if (columns % kPerVector == 0 && columns <= 16384) {
-    const int vectors = static_cast<int>(ceil_div(columns, kThreads * kPerVector));
-    const auto go = [&](auto count) {
-      launch_dependent(quantize_row<T, decltype(count)::value>, grid, launch, kQuantization, x,
-                       static_cast<int>(columns), threshold, codes, absmax, outliers);
+              float* absmax, const Outliers& outliers, uint8_t* own_flags) {
+  const dim3 blocks(static_cast<unsigned>(rows));
+  if (columns % kPerVector == 0 && columns <= kMostColumns) {
+    const auto go = [&](auto threads, auto vectors) {
+      constexpr int kRowThreads = decltype(threads)::value;
+      launch_dependent(quantize_row<T, kRowThreads, decltype(vectors)::value>, {blocks, kRowThreads}, launch,
+                       kQuantization, x, static_cast<int>(columns), threshold, codes, absmax, outliers, own_flags);
     };
-    switch (vectors) {
+    // As many threads as there are vectors in a row, where rows do not occupy all multiprocessors anyway.
+    if (rows <= 2 * launch.processors() && columns > kThreads * kPerVector) {
+      return columns <= 512 * kPerVector    ? go(Number<512>{}, Number<1>{})
+             : columns <= 1024 * kPerVector ? go(Number<1024>{}, Number<1>{})
+                                            : go(Number<1024>{}, Number<2>{});
+    }
+    switch (ceil_div(columns, kThreads * kPerVector)) {
       case 1:
-        return go(std::integral_constant<int, 1>{});
+        return go(Number<kThreads>{}, Number<1>{});
       case 2:
-        return go(std::integral_constant<int, 2>{});
+        return go(Number<kThreads>{}, Number<2>{});
       case 3:
       case 4:
-        return go(std::integral_constant<int, 4>{});
+        return go(Number<kThreads>{}, Number<4>{});
       default:
-        return go(std::integral_constant<int, 8>{});
+        return go(Number<kThreads>{}, Number<8>{});
     }
   }
-  launch_dependent(quantize_row_any<T>, grid, launch, kQuantization, x, columns, threshold, codes, absmax, outliers);
+  launch_dependent(quantize_row_any<T>, {blocks, kThreads}, launch, kQuantization, x, columns, threshold, codes, absmax,
+                   outliers);
 }
 
 void prepare(const Launch& launch, const Outliers& outliers, int64_t rows, int64_t columns) {
-  check(gpuMemsetAsync(outliers.flags, 0, (ceil_div(columns, 32) + 1) * 4, launch.stream()), kQuantization);
+  const int64_t words = ceil_div(columns, 32) + 1;
+  launch_dependent(clear_words, {dim3(launch.grid(ceil_div(words, kThreads), 4)), kThreads}, launch, kQuantization,
+                   outliers.flags, words);
   if (rows == 0) {
     clear_count(launch, outliers, kQuantization);
   }
@@ -174,20 +267,32 @@ void clear(const Launch& launch, const Outliers& outliers, int8_t* codes, int64_
 
 }  // namespace
 
+int64_t outlier_flag_words(int64_t rows, int64_t columns) {
+  constexpr int64_t kAlignment = 4;
+  return ceil_div(columns, 32) + 1 + (merges_flags(rows, columns) ? kAlignment + rows * flag_vectors(columns) * 4 : 0);
+}
+
 void int8_quantize_rows(const Launch& launch, const void* x, int dtype, int64_t rows, int64_t columns, float threshold,
                         int8_t* codes, float* absmax, const Outliers& outliers, bool cleared) {
-  if (threshold > 0.0f &&
+  const bool merges = threshold > 0.0f && merges_flags(rows, columns);
+  // Where no code waits for other rows, many thread blocks and a second launch are faster.
+  if (threshold > 0.0f && (cleared || !merges) &&
       int8_quantize_few_rows(launch, x, dtype, rows, columns, threshold, codes, absmax, outliers, cleared)) {
     return;
   }
-  if (threshold > 0.0f && columns > 0) {
+  if (threshold > 0.0f && columns > 0 && !merges) {
     prepare(launch, outliers, rows, columns);
   }
+  uint8_t* own_flags = merges ? row_flags(outliers, columns) : nullptr;
   if (rows > 0) {
     with_dtype(dtype, [&](auto type) {
       using T = typename decltype(type)::type;
-      quantize<T>(launch, static_cast<const T*>(x), rows, columns, threshold, codes, absmax, outliers);
+      quantize<T>(launch, static_cast<const T*>(x), rows, columns, threshold, codes, absmax, outliers, own_flags);
     });
+  }
+  if (merges) {
+    launch_dependent(merge_flags, {dim3(1), kMergeThreads}, launch, kQuantization, own_flags, static_cast<int>(rows),
+                     static_cast<int>(columns), outliers);
   }
   if (threshold > 0.0f && cleared && rows > 0 && columns > 0) {
     clear(launch, outliers, codes, rows, columns);

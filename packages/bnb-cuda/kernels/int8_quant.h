@@ -9,6 +9,8 @@
 namespace bnb_gpu {
 
 constexpr int kPerVector = 8;
+// Columns for which a thread block has shared memory and registers.
+constexpr int kMostColumns = 16384;
 constexpr float kLargestCode = 127.0f;
 // For messages.
 constexpr char kQuantization[] = "int8 quantization";
@@ -45,10 +47,31 @@ __device__ __forceinline__ bool is_flagged(const unsigned* flags, int64_t column
   return (flags[column / 32] >> (column % 32) & 1u) != 0;
 }
 
+// The sum of a warp's values up to and with this lane's.
+__device__ __forceinline__ int sum_up_to_lane(int value, int lane) {
+#pragma unroll
+  for (int step = 1; step < kLanes; step <<= 1) {
+    const int other = shuffle(value, max(lane - step, 0));
+    value += lane >= step ? other : 0;
+  }
+  return value;
+}
+
+// Fills up a list of so many columns and writes their number. A warp at least calls this.
+__device__ __forceinline__ void finish_list(const Outliers& outliers, int listed, int64_t all_columns) {
+  const int thread = static_cast<int>(threadIdx.x % kLanes);
+  static_assert(Outliers::kFilled == kLanes && Outliers::kCountWords <= kLanes, "a lane has one place of each");
+  if (thread >= listed && thread < all_columns) {
+    outliers.columns[thread] = 0;
+  }
+  if (thread < Outliers::kCountWords) {
+    outliers.count[thread] = thread == 0 ? listed : 0;
+  }
+}
+
 // Turns the flags of so many columns into an ascending list; `word_of` reads them. The whole thread block calls this.
 template <class WordOf>
-__device__ void list_columns(WordOf&& word_of, int64_t all_columns, int* __restrict__ columns,
-                             int* __restrict__ count) {
+__device__ __forceinline__ void list_columns(const Outliers& outliers, int64_t all_columns, WordOf&& word_of) {
   __shared__ int ends[32];
   const int lane = threadIdx.x % kLanes, group = threadIdx.x / kLanes, groups = blockDim.x / kLanes;
   const int64_t words = (all_columns + 31) / 32;
@@ -56,36 +79,25 @@ __device__ void list_columns(WordOf&& word_of, int64_t all_columns, int* __restr
   for (int64_t base = 0; base < words; base += blockDim.x) {
     const int64_t word = base + threadIdx.x;
     unsigned bits = word < words ? word_of(word) : 0u;
-    int before = __popc(bits);
-    const int own = before;
-    for (int step = 1; step < kLanes; step <<= 1) {
-      const int other = shuffle(before, lane - step < 0 ? lane : lane - step);
-      before += lane >= step ? other : 0;
-    }
+    const int own = __popc(bits), up_to_own = sum_up_to_lane(own, lane);
     if (base > 0) {
       __syncthreads();
     }
     if (lane == kLanes - 1) {
-      ends[group] = before;
+      ends[group] = up_to_own;
     }
     __syncthreads();
     const int of_group = lane < groups ? ends[lane] : 0;
-    int place = listed + group_sum<kLanes>(lane < group ? of_group : 0) + before - own;
+    int place = listed + group_sum<kLanes>(lane < group ? of_group : 0) + up_to_own - own;
     listed += group_sum<kLanes>(of_group);
     while (bits != 0) {
       const int bit = __ffs(static_cast<int>(bits)) - 1;
-      columns[place++] = static_cast<int>(word * 32 + bit);
+      outliers.columns[place++] = static_cast<int>(word * 32 + bit);
       bits &= bits - 1;
     }
   }
-  const int thread = static_cast<int>(threadIdx.x);
-  if (thread >= listed && thread < min(static_cast<int64_t>(Outliers::kFilled), all_columns)) {
-    columns[thread] = 0;
-  }
-  if (thread == 0) {
-    count[0] = listed;
-    static_assert(Outliers::kCountWords == 3, "all words are written");
-    count[1] = count[2] = 0;
+  if (group == 0) {
+    finish_list(outliers, listed, all_columns);
   }
 }
 
@@ -102,8 +114,7 @@ __device__ __forceinline__ void list_columns_at_last(const Outliers& outliers, i
   __syncthreads();
   if (is_last) {
     __threadfence();
-    list_columns([&](int64_t word) { return __ldcg(outliers.flags + word); }, columns, outliers.columns,
-                 outliers.count);
+    list_columns(outliers, columns, [&](int64_t word) { return __ldcg(outliers.flags + word); });
   }
 }
 

@@ -11,7 +11,6 @@ namespace {
 
 constexpr int kThreads = 1024;
 constexpr int kWarps = kThreads / kLanes;
-constexpr int kMostColumns = 16384;
 // Elements for one thread block, and for a cluster of so many (compute capability 9.0 and later), in up to so many rows
 // and in more. Beyond, more thread blocks are faster, though each of the steps is a launch then.
 constexpr int64_t kMostElements = 1 << 13, kMostElementsOfFew = 14 << 14, kMostElementsOfCluster = 7 << 14;
@@ -20,7 +19,8 @@ constexpr int kCluster = 8;
 // Vectors of values that a thread keeps between the statistics and the codes.
 constexpr int kHeld = 2;
 
-// Hands out the flags and the ascending list of the columns that have one. A warp calls this, while others go on.
+// Hands out flags in shared memory and the ascending list of the columns that have one. A warp calls this, while others
+// go on.
 __device__ __forceinline__ void list_flagged(const unsigned* flags, int columns, const Outliers& outliers) {
   const int lane = threadIdx.x % kLanes, words = (columns + 31) / 32, own_words = (words + kLanes - 1) / kLanes;
   const int first = min(lane * own_words, words), end = min(first + own_words, words);
@@ -31,12 +31,7 @@ __device__ __forceinline__ void list_flagged(const unsigned* flags, int columns,
   for (int i = lane; i < words; i += kLanes) {
     outliers.flags[i] = flags[i];
   }
-  int up_to_own = own;
-#pragma unroll
-  for (int step = 1; step < kLanes; step <<= 1) {
-    const int other = shuffle(up_to_own, max(lane - step, 0));
-    up_to_own += lane >= step ? other : 0;
-  }
+  const int up_to_own = sum_up_to_lane(own, lane);
   const int listed = shuffle(up_to_own, kLanes - 1);
   int place = up_to_own - own;
   for (int i = first; i < end && place < up_to_own; ++i) {
@@ -44,13 +39,7 @@ __device__ __forceinline__ void list_flagged(const unsigned* flags, int columns,
       outliers.columns[place++] = i * 32 + __ffs(static_cast<int>(bits)) - 1;
     }
   }
-  static_assert(Outliers::kFilled == kLanes, "a lane fills a column");
-  if (lane >= listed && lane < columns) {
-    outliers.columns[lane] = 0;
-  }
-  if (lane < Outliers::kCountWords) {
-    outliers.count[lane] = lane == 0 ? listed : 0;
-  }
+  finish_list(outliers, listed, columns);
 }
 
 // A few rows with outliers, everything in one launch of one thread block or cluster, whose warps share the rows.

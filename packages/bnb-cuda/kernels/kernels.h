@@ -70,10 +70,10 @@ void gemm_4bit_wide(const Launch&, const Gemm4&);
 void gemv_4bit(const Launch&, const Gemm4&, const float* code);
 
 // --- int8_quant*.cu ---------------------------------------------------------------------------------
-// Outlier columns of a matrix, found on the device. `flags` has one bit per column and a word that counts
-// (ceil(columns / 32) + 1 words, zeroed by quantize_rows); `columns` lists the set bits in ascending order. `count` has
-// kCountWords: their number and words that are 0, by which a product hands out work to its thread blocks. Products take
-// columns that anybody has listed, without flags, too, and each needs words of its own.
+// Outlier columns of a matrix, found on the device. `flags` has one bit per column, and more words for their
+// quantization (outlier_flag_words); `columns` lists the set bits in ascending order. `count` has kCountWords: their
+// number and words that are 0, by which a product hands out work to its thread blocks. Products take columns that
+// anybody has listed in that order, without flags, too, and each needs words of its own.
 struct Outliers {
   static constexpr int kCountWords = 3;
   // Lists of columns with flags are filled up to so many with column 0, as far as there are columns, so that they can
@@ -83,6 +83,9 @@ struct Outliers {
   int* columns;
   int* count;
 };
+
+// Words of flags that quantization of such a matrix needs.
+int64_t outlier_flag_words(int64_t rows, int64_t columns);
 
 // Codes and absmax per row. With a threshold: outliers do not count, they get code 0, and so do their columns if
 // `cleared`; the columns are listed in `outliers` (otherwise null pointers).

@@ -95,6 +95,32 @@ __device__ __forceinline__ void publish_to_copy_engine() {
 #endif
 }
 
+// Has the copy engine write a box of shared memory to where it begins at this column and row; what of it lies beyond
+// the matrix stays unwritten.
+__device__ __forceinline__ void write_box(const CUtensorMap& map, int column, int row, const void* from) {
+#if BNB_BULK_COPIES
+  asm volatile(
+      "cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];\ncp.async.bulk.commit_group;" ::"l"(
+          reinterpret_cast<uint64_t>(&map)),
+      "r"(column), "r"(row), "r"(shared_address(from))
+      : "memory");
+#endif
+}
+
+// Until the shared memory of all boxes that this thread has had written may be used again.
+__device__ __forceinline__ void wait_for_reads_of_writes() {
+#if BNB_BULK_COPIES
+  asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+#endif
+}
+
+// Until these boxes are written.
+__device__ __forceinline__ void wait_for_writes() {
+#if BNB_BULK_COPIES
+  asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+#endif
+}
+
 // Has the copy engine read a description ahead of its first use.
 __device__ __forceinline__ void prefetch_map(const CUtensorMap& map) {
 #if BNB_BULK_COPIES

@@ -20,6 +20,11 @@ constexpr int kGroupThreads = 4 * kLanes;
 constexpr int kSwizzledRowBytes = 128;
 constexpr int kSwizzleTile = 1024;
 
+// Where a byte of a row lies in a tile.
+__device__ __forceinline__ unsigned swizzled_place(unsigned row, unsigned byte) {
+  return row * kSwizzledRowBytes + ((byte / 16) ^ (row % 8)) * 16 + byte % 16;
+}
+
 // All warps of a group of four call these, right after their kind of work is known.
 template <int kCount>
 __device__ __forceinline__ void keep_fewer_registers() {
@@ -42,7 +47,7 @@ __device__ __forceinline__ uint64_t tile_descriptor(const void* tile) {
   return (address & 0x3ffffu) >> 4 | uint64_t{1} << 16 | kGroupStride | kSwizzle128;
 }
 
-// Makes this thread's writes to shared memory visible to the matrix units; a barrier follows.
+// Makes this thread's writes to shared memory visible to the matrix units and the copy engine; a barrier follows.
 __device__ __forceinline__ void publish_to_matrix_units() {
 #if BNB_WGMMA
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");

@@ -67,6 +67,36 @@ def test_any_number_of_outlier_columns(n, k, dtype):
             assert error < TOLERANCE[dtype], (rows, columns, error)
 
 
+@pytest.mark.parametrize(
+    ("k", "rows"), [(14336, 146), (14336, 147), (16384, 128), (16384, 129), (16400, 40), (264, 40)]
+)
+def test_outlier_columns_are_found_in_any_number_of_rows(k, rows):
+    """On both sides of the sizes up to which rows keep flags of their own, and of those that fit a thread block."""
+    codes, absmax, weight = weight_of(64, k)
+    for columns in (0, 5, k // 20, k):
+        x = activations(rows, k, columns, torch.float16)
+        truth, listed = expected(x, weight)
+        assert len(listed) == columns
+        result = torch.ops.bitsandbytes.int8_linear(x, codes, absmax, THRESHOLD, None)
+        assert relative_error(result, truth) < TOLERANCE[torch.float16]
+
+
+@pytest.mark.parametrize("at_end", [False, True])
+@pytest.mark.parametrize(("k", "columns"), [(1040, 64), (1040, 128), (2048, 250)])
+def test_outlier_columns_that_lie_together(k, columns, at_end):
+    """More of a stage of 128 columns than a panel has."""
+    n, rows = 200, 130
+    codes, absmax, weight = weight_of(n, k)
+    x = torch.randn(rows, k, device="cuda").clamp(-5, 5)
+    places = torch.arange(columns, device="cuda") + (k - columns if at_end else 0)
+    x[torch.arange(columns, device="cuda") % rows, places] = 9.0
+    x = x.half()
+    truth, listed = expected(x, weight)
+    assert len(listed) == columns
+    result = torch.ops.bitsandbytes.int8_linear(x, codes, absmax, THRESHOLD, None)
+    assert relative_error(result, truth) < TOLERANCE[torch.float16]
+
+
 @pytest.mark.parametrize("columns", [3, 700])
 @pytest.mark.parametrize("rows", ROWS)
 def test_values_that_are_not_finite_stay_where_they_belong(rows, columns):

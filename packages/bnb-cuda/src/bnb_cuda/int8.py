@@ -42,7 +42,7 @@ def quantize_rows(A: Tensor, threshold: float, cleared: bool = True) -> tuple[Te
     rows, width, device = rows_of(A), A.shape[-1], A.device
     codes = empty(A.shape, dtype=torch.int8, device=device)
     absmax = empty(rows, dtype=torch.float32, device=device)
-    outliers = outlier_buffers(width, threshold, device)
+    outliers = outlier_buffers(rows, width, threshold, device)
     _C.int8_quantize_rows(
         device.index,
         stream_of(device.index),
@@ -78,7 +78,7 @@ def int8_double_quant(A: Tensor, threshold: float = 0.0) -> tuple[Tensor, Tensor
     column_codes = empty(A.shape, dtype=torch.int8, device=device)
     row_absmax = empty(rows, dtype=torch.float32, device=device)
     column_absmax = empty(width, dtype=torch.float32, device=device)
-    outliers = outlier_buffers(width, threshold, device)
+    outliers = outlier_buffers(rows, width, threshold, device)
     _C.int8_double_quantize(
         device.index,
         stream_of(device.index),
@@ -183,7 +183,7 @@ def int8_mixed_scaled_mm(
     A = plain(A)
     outliers = A.reshape(rows_of(A), A.shape[-1])[:, outlier_cols]
     columns = outlier_cols.reshape(-1)
-    columns = torch.where(columns < 0, columns + A.shape[-1], columns).int()
+    columns = torch.where(columns < 0, columns + A.shape[-1], columns).int().sort().values
     return scaled_product(CA, CB, SCA, SCB, A, listed_outliers(columns), bias, A.dtype), outliers
 
 
@@ -289,9 +289,8 @@ def bind_int8_linear(
     weight_of = weakref.ref(CB)
     # Sizes that the library takes without a copy of the weight.
     whole = n % LIBRARY_MULTIPLE == 0 and k % LIBRARY_MULTIPLE == 0
-    # Room for flags, list and number of the outlier columns.
-    flag_bytes = flag_words(k) * 4
-    outlier_bytes = flag_bytes + (k + COUNT_WORDS) * 4 if threshold > 0.0 else 0
+    # Room for list and number of the outlier columns, and, by rows, for their flags.
+    outlier_bytes = (k + COUNT_WORDS) * 4 if threshold > 0.0 else 0
     room = _C.gathered_room(k) if threshold > 0.0 else 0
 
     def run(A: Tensor) -> Tensor | None:
@@ -307,15 +306,16 @@ def bind_int8_linear(
         out = empty((*A.shape[:-1], n), dtype=dtype, device=device)
         # Outlier columns side by side come first, for their alignment.
         gathered_bytes = (n + rows) * room * 2 if path is Int8Path.GROUPS else 0
-        space = empty(gathered_bytes + rows * (k + 4) + outlier_bytes, dtype=torch.uint8, device=device)
+        listed_bytes = outlier_bytes + flag_words(rows, k) * 4 if outlier_bytes else 0
+        space = empty(gathered_bytes + rows * (k + 4) + listed_bytes, dtype=torch.uint8, device=device)
         gathered, values, number = space.data_ptr(), A.data_ptr(), DTYPES[dtype]
         codes = gathered + gathered_bytes
         absmax = codes + rows * k
         flags = columns = count = 0
         if outlier_bytes:
-            flags = absmax + rows * 4
-            columns = flags + flag_bytes
+            columns = absmax + rows * 4
             count = columns + k * 4
+            flags = absmax + rows * 4 + outlier_bytes
         on, cleared = stream(index), path is not Int8Path.GROUPS
         if stored is None:
             linear(

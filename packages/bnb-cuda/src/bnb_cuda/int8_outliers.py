@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -27,16 +28,17 @@ class Outliers(NamedTuple):
     flags: Tensor | None = None
 
 
-def flag_words(width: int) -> int:
-    """Words of 32 bits of the flags of so many columns, and one that counts."""
-    return -(-width // 32) + 1
+@cache
+def flag_words(rows: int, width: int) -> int:
+    """Words of 32 bits for the flags of so many columns, and for finding them in so many rows."""
+    return _C.outlier_flag_words(rows, width)
 
 
-def outlier_buffers(width: int, threshold: float, device: torch.device) -> Outliers | None:
-    """What quantization of rows of this width writes about outlier columns; nothing without a threshold."""
+def outlier_buffers(rows: int, width: int, threshold: float, device: torch.device) -> Outliers | None:
+    """What quantization of so many rows of this width writes about outlier columns; nothing without a threshold."""
     if threshold <= 0.0:
         return None
-    flags = empty(flag_words(width), dtype=torch.int32, device=device)
+    flags = empty(flag_words(rows, width), dtype=torch.int32, device=device)
     columns = empty(width, dtype=torch.int32, device=device)
     # Without a column there is no kernel that would count.
     number = flags.new_zeros(COUNT_WORDS) if width == 0 else flags.new_empty(COUNT_WORDS)
@@ -44,7 +46,7 @@ def outlier_buffers(width: int, threshold: float, device: torch.device) -> Outli
 
 
 def listed_outliers(columns: Tensor) -> Outliers:
-    """Columns that a caller has listed, all of them."""
+    """Columns that a caller has listed, in ascending order, all of them."""
     number = columns.new_zeros(COUNT_WORDS)
     number[0] = columns.numel()
     return Outliers(columns, number)
