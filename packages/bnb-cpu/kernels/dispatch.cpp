@@ -7,6 +7,13 @@
 #if defined(_MSC_VER) && defined(_M_X64)
 #include <intrin.h>
 #endif
+#if defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
+#elif defined(_M_ARM64)
+#include <windows.h>
+#endif
 #ifdef BNB_HAS_AMX
 #include <cpuid.h>
 #include <sys/syscall.h>
@@ -114,6 +121,25 @@ bool has_amx() {
 #endif
 #endif
 
+#ifdef BNB_HAS_NEONDOT
+// Whether the processor has the int8 dot products, an option of Armv8.2. Elsewhere nothing tells.
+bool has_neondot() {
+#if defined(__linux__)
+  constexpr unsigned long kDotProduct = 1ul << 20;  // HWCAP_ASIMDDP
+  return (getauxval(AT_HWCAP) & kDotProduct) != 0;
+#elif defined(__APPLE__)
+  int has = 0;
+  size_t size = sizeof has;
+  return sysctlbyname("hw.optional.arm.FEAT_DotProd", &has, &size, nullptr, 0) == 0 && has != 0;
+#elif defined(_WIN32)
+  constexpr DWORD kDotProduct = 43;  // PF_ARM_V82_DP_INSTRUCTIONS_AVAILABLE
+  return IsProcessorFeaturePresent(kDotProduct) != 0;
+#else
+  return false;
+#endif
+}
+#endif
+
 struct Isa {
   const char* name;
   bool (*supported)();
@@ -134,6 +160,9 @@ constexpr Isa kIsas[] = {
     {"amxportable", has_avx512bf16, &amxportable::table},
 #endif
 #elif defined(BNB_ARM)
+#ifdef BNB_HAS_NEONDOT
+    {"neondot", has_neondot, &neondot::table},
+#endif
     {"neon", always, &neon::table},
 #endif
     {"scalar", always, &scalar::table},

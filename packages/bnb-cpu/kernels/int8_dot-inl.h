@@ -68,6 +68,30 @@ struct Int8Dot {
   }
   static int32_t correction(const int8_t*, int64_t) { return 0; }
 };
+#elif defined(BNB_NEON)
+struct Int8Dot {
+  using Word = int8_t;
+  static constexpr int kStep = 16;
+  static constexpr int kActs = 8;
+  static constexpr int kRows = 8;
+
+  static int8x16_t weights(const int8_t* p) { return vld1q_s8(p); }
+  static int8x16_t weights(const int8_t* p, int64_t count) {
+    int8_t bytes[kStep] = {};
+    memcpy(bytes, p, static_cast<size_t>(count));
+    return weights(bytes);
+  }
+  static int8x16_t acts(const Word* p) { return vld1q_s8(p); }
+  static I32 step(I32 sum, int8x16_t weights, int8x16_t acts) {
+#if defined(BNB_NEON_DOT)
+    return {vdotq_s32(sum.v, weights, acts)};
+#else
+    const int32x4_t half = vpadalq_s16(sum.v, vmull_s8(vget_low_s8(weights), vget_low_s8(acts)));
+    return {vpadalq_s16(half, vmull_high_s8(weights, acts))};
+#endif
+  }
+  static int32_t correction(const int8_t*, int64_t) { return 0; }
+};
 #else
 // Loops that compilers turn into the widening multiplications of the instruction set.
 struct Int8Dot {
@@ -99,7 +123,7 @@ BNB_FN void arrange_int8(const int8_t* from, int64_t width, int64_t m, int64_t a
 // Rows of the weight that go through one stretch of the activations together.
 constexpr int64_t kInt8Block = 16;
 
-#if defined(__AVX2__)
+#if defined(__AVX2__) || defined(BNB_NEON)
 // Vectors of sums, which are added up across lanes at the end.
 using Int8Total = I32;
 
@@ -178,7 +202,8 @@ BNB_FN void add_up(const Int8Total* totals, int64_t count, int32_t* sums) {
 template <int kActs>
 void dot_int8_block(const int8_t* weight, int64_t rows, int64_t width, int64_t k, int64_t count,
                     const Int8Dot::Word* acts, Int8Total* totals) {
-  constexpr int kWeights = kActs <= 4 && kLanes == 16 ? 4 : 2;
+  // AVX-512 and AArch64 have 32 registers.
+  constexpr int kWeights = kActs <= 4 && (kLanes == 16 || kLanes == 4) ? 4 : 2;
   int64_t r = 0;
   for (; r + kWeights <= rows; r += kWeights) {
     dot_int8<kWeights, kActs>(weight + r * width, width, k, count, acts, totals + r);

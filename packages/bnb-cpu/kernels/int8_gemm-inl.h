@@ -12,9 +12,9 @@ namespace BNB_ISA {
 
 // --- many rows -------------------------------------------------------------------------------------------
 
-#if defined(BNB_AVX512VNNI)
-// Four bytes to a word. In vectors those along the lanes get 128 added, by which they become unsigned, and the sums
-// lose 128 times the sum of the weight's row.
+#if defined(BNB_AVX512VNNI) || defined(BNB_NEON_DOT)
+// Four bytes to a word. In vectors of AVX-512 those along the lanes get 128 added, by which they become unsigned, and
+// the sums lose 128 times the sum of the weight's row.
 struct Int8Product {
   using Word = int32_t;
   static constexpr int kPerWord = 4;
@@ -25,6 +25,14 @@ struct Int8Product {
   template <int kSums>
   static void dot() {
     amx_dot_int8<kSums>();
+  }
+#elif defined(BNB_NEON_DOT)
+  using Tile = VectorTile<Int8Product>;
+  using Sum = I32;
+  static constexpr int32_t kOffset = 0;
+
+  static I32 step(I32 sum, const Word* lanes, Word word) {
+    return {vdotq_s32(sum.v, vreinterpretq_s8_s32(vld1q_s32(lanes)), vreinterpretq_s8_s32(vdupq_n_s32(word)))};
   }
 #else
   using Tile = VectorTile<Int8Product>;
@@ -42,7 +50,11 @@ struct Int8Product {
     return static_cast<Word>(word ^ kOffsets);
   }
   static I32 lane_words(const int8_t* from) {
+#if defined(BNB_NEON_DOT)
+    return {vreinterpretq_s32_s8(vld1q_s8(from))};
+#else
     return {_mm512_xor_si512(_mm512_loadu_si512(from), _mm512_set1_epi32(static_cast<Word>(kOffsets)))};
+#endif
   }
 
  private:

@@ -142,5 +142,8 @@ extern const Kernels table;
 namespace neon {
 extern const Kernels table;
 }
+namespace neondot {
+extern const Kernels table;
+}
 
 }  // namespace bnb_cpu

@@ -104,6 +104,7 @@ BNB_FN void transpose(F32 (&v)[kLanes]) {
 }
 
 BNB_FN F32 sums_of_lanes(const F32* v) { return {vpaddq_f32(vpaddq_f32(v[0].v, v[1].v), vpaddq_f32(v[2].v, v[3].v))}; }
+BNB_FN I32 sums_of_lanes(const I32* v) { return {vpaddq_s32(vpaddq_s32(v[0].v, v[1].v), vpaddq_s32(v[2].v, v[3].v))}; }
 #else
 BNB_FN void transpose(F32 (&)[kLanes]) {}
 

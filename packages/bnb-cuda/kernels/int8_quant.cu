@@ -13,15 +13,15 @@ constexpr int kThreads = 256;
 constexpr int kMergeThreads = 1024;
 // Rows of whose flags a thread has the loads under way.
 constexpr int kMergedAtOnce = 8;
-// Bytes of flags of all rows that one thread block merges.
-constexpr int64_t kMostMerged = 1 << 18;
+// Rows whose flags one thread block merges, and bytes of these.
+constexpr int64_t kMostMergedRows = 256, kMostMerged = 1 << 18;
 
 // Flags of a row's columns, in vectors of 16 bytes.
 __host__ __device__ constexpr int64_t flag_vectors(int64_t columns) { return (columns + 127) / 128; }
 
 // Whether rows keep flags of their own.
 bool merges_flags(int64_t rows, int64_t columns) {
-  return rows > 0 && columns > 0 && columns % kPerVector == 0 && columns <= kMostColumns &&
+  return rows > 0 && rows <= kMostMergedRows && columns > 0 && columns % kPerVector == 0 && columns <= kMostColumns &&
          rows * flag_vectors(columns) * 16 <= kMostMerged;
 }
 

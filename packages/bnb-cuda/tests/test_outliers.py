@@ -68,7 +68,8 @@ def test_any_number_of_outlier_columns(n, k, dtype):
 
 
 @pytest.mark.parametrize(
-    ("k", "rows"), [(14336, 146), (14336, 147), (16384, 128), (16384, 129), (16400, 40), (264, 40)]
+    ("k", "rows"),
+    [(14336, 146), (14336, 147), (16384, 128), (16384, 129), (16400, 40), (264, 40), (1024, 256), (1024, 257)],
 )
 def test_outlier_columns_are_found_in_any_number_of_rows(k, rows):
     """On both sides of the sizes up to which rows keep flags of their own, and of those that fit a thread block."""
