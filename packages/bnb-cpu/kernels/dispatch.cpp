@@ -12,6 +12,8 @@
 #elif defined(__aarch64__) && defined(__APPLE__)
 #include <sys/sysctl.h>
 #elif defined(_M_ARM64)
+#define NOMINMAX
+#define WIN32_LEAN_AND_MEAN
 #include <windows.h>
 #endif
 #ifdef BNB_HAS_AMX
@@ -122,7 +124,7 @@ bool has_amx() {
 #endif
 
 #ifdef BNB_HAS_NEONDOT
-// Whether the processor has the int8 dot products, an option of Armv8.2. Elsewhere nothing tells.
+// Whether the processor has the int8 dot products, an option of Armv8.2. Other systems do not say.
 bool has_neondot() {
 #if defined(__linux__)
   constexpr unsigned long kDotProduct = 1ul << 20;  // HWCAP_ASIMDDP
