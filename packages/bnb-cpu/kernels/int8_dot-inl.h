@@ -35,9 +35,26 @@ struct Int8Dot {
   static __m512i acts(const Word* p) { return _mm512_loadu_si512(p); }
   static I32 step(I32 sum, __m512i weights, __m512i acts) { return {_mm512_dpbusd_epi32(sum.v, weights, acts)}; }
 };
-#elif defined(__AVX2__)
-// Both sides as int16, whose products are added in pairs without overflow.
+#elif defined(__AVX2__) || defined(BNB_NEON)
 struct Int8Dot {
+#if defined(BNB_NEON)
+  using Word = int8_t;
+  using Words = int8x16_t;
+  static constexpr int kStep = 16;
+  static constexpr int kActs = 8;
+  static constexpr int kRows = 8;
+  static Words weights(const int8_t* p) { return vld1q_s8(p); }
+  static Words acts(const Word* p) { return vld1q_s8(p); }
+  static I32 step(I32 sum, Words weights, Words acts) {
+#if defined(BNB_NEON_DOT)
+    return {vdotq_s32(sum.v, weights, acts)};
+#else
+    const int32x4_t half = vpadalq_s16(sum.v, vmull_s8(vget_low_s8(weights), vget_low_s8(acts)));
+    return {vpadalq_s16(half, vmull_high_s8(weights, acts))};
+#endif
+  }
+#else
+  // Both sides as int16, whose products are added in pairs without overflow.
   using Word = int16_t;
   static constexpr int kStep = 2 * kLanes;
   static constexpr int kActs = kLanes == 16 ? 8 : 4;
@@ -61,34 +78,11 @@ struct Int8Dot {
     return {_mm256_add_epi32(sum.v, _mm256_madd_epi16(weights, acts))};
   }
 #endif
+#endif
   static Words weights(const int8_t* p, int64_t count) {
     int8_t bytes[kStep] = {};
     memcpy(bytes, p, static_cast<size_t>(count));
     return weights(bytes);
-  }
-  static int32_t correction(const int8_t*, int64_t) { return 0; }
-};
-#elif defined(BNB_NEON)
-struct Int8Dot {
-  using Word = int8_t;
-  static constexpr int kStep = 16;
-  static constexpr int kActs = 8;
-  static constexpr int kRows = 8;
-
-  static int8x16_t weights(const int8_t* p) { return vld1q_s8(p); }
-  static int8x16_t weights(const int8_t* p, int64_t count) {
-    int8_t bytes[kStep] = {};
-    memcpy(bytes, p, static_cast<size_t>(count));
-    return weights(bytes);
-  }
-  static int8x16_t acts(const Word* p) { return vld1q_s8(p); }
-  static I32 step(I32 sum, int8x16_t weights, int8x16_t acts) {
-#if defined(BNB_NEON_DOT)
-    return {vdotq_s32(sum.v, weights, acts)};
-#else
-    const int32x4_t half = vpadalq_s16(sum.v, vmull_s8(vget_low_s8(weights), vget_low_s8(acts)));
-    return {vpadalq_s16(half, vmull_high_s8(weights, acts))};
-#endif
   }
   static int32_t correction(const int8_t*, int64_t) { return 0; }
 };

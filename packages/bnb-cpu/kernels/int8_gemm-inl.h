@@ -26,22 +26,22 @@ struct Int8Product {
   static void dot() {
     amx_dot_int8<kSums>();
   }
-#elif defined(BNB_NEON_DOT)
+#else
   using Tile = VectorTile<Int8Product>;
   using Sum = I32;
+#if defined(BNB_NEON_DOT)
   static constexpr int32_t kOffset = 0;
 
   static I32 step(I32 sum, const Word* lanes, Word word) {
     return {vdotq_s32(sum.v, vreinterpretq_s8_s32(vld1q_s32(lanes)), vreinterpretq_s8_s32(vdupq_n_s32(word)))};
   }
 #else
-  using Tile = VectorTile<Int8Product>;
-  using Sum = I32;
   static constexpr int32_t kOffset = 128;
 
   static I32 step(I32 sum, const Word* lanes, Word word) {
     return {_mm512_dpbusd_epi32(sum.v, _mm512_loadu_si512(lanes), _mm512_set1_epi32(word))};
   }
+#endif
 #endif
   static void copy_row(const int8_t* from, int64_t count, Word* out) { memcpy(out, from, static_cast<size_t>(count)); }
   static Word lane_word(const int8_t* from) {

@@ -58,17 +58,11 @@ struct GatherPlan {
   }
 };
 
-// Where outlier columns of the activations lie side by side, behind those of the weight.
-template <class T>
-__device__ __forceinline__ T* gathered_values(const Problem& p, int row) {
-  return static_cast<T*>(p.gathered) + static_cast<int64_t>(p.n + row) * p.room;
-}
-
-// Writes the outlier columns of `rows` rows of the activations, up to the end of a stage.
+// Writes the outlier columns of `rows` rows of the activations, up to the end of a stage, behind those of the weight.
 template <class T>
 __device__ __forceinline__ void gather_rows(const Problem& p, int count, int first, int rows, int lane) {
   constexpr int kPerVector = 16 / sizeof(T), kVectors = kOutlierStep / kPerVector;
-  T* out = gathered_values<T>(p, first);
+  T* out = static_cast<T*>(p.gathered) + static_cast<int64_t>(p.n + first) * p.room;
   const int whole = count / kOutlierStep * kOutlierStep;
   for (int i = lane; count > whole && i < rows * kVectors; i += kLanes) {
     T* to = out + static_cast<int64_t>(i / kVectors) * p.room + whole + i % kVectors * kPerVector;

@@ -16,19 +16,24 @@ constexpr int kMergedAtOnce = 8;
 // Rows whose flags one thread block merges, and bytes of these.
 constexpr int64_t kMostMergedRows = 256, kMostMerged = 1 << 18;
 
-// Flags of a row's columns, in vectors of 16 bytes.
+// Words of the flags of all columns, and one that counts.
+int64_t column_words(int64_t columns) { return ceil_div(columns, 32) + 1; }
+
+// Flags of a row: vectors, and their bytes.
+constexpr int kFlagVector = 16;
 __host__ __device__ constexpr int64_t flag_vectors(int64_t columns) { return (columns + 127) / 128; }
+__host__ __device__ constexpr int64_t row_flag_bytes(int64_t columns) { return flag_vectors(columns) * kFlagVector; }
 
 // Whether rows keep flags of their own.
 bool merges_flags(int64_t rows, int64_t columns) {
   return rows > 0 && rows <= kMostMergedRows && columns > 0 && columns % kPerVector == 0 && columns <= kMostColumns &&
-         rows * flag_vectors(columns) * 16 <= kMostMerged;
+         rows * row_flag_bytes(columns) <= kMostMerged;
 }
 
 // Where the flags of the rows begin, behind those of the columns and the word that counts.
 uint8_t* row_flags(const Outliers& outliers, int64_t columns) {
-  const auto end = reinterpret_cast<uintptr_t>(outliers.flags + ceil_div(columns, 32) + 1);
-  return reinterpret_cast<uint8_t*>(ceil_div(end, uintptr_t{16}) * 16);
+  const auto end = reinterpret_cast<uintptr_t>(outliers.flags + column_words(columns));
+  return reinterpret_cast<uint8_t*>(ceil_div(end, uintptr_t{kFlagVector}) * kFlagVector);
 }
 
 // One thread block per row, the row in registers: columns a multiple of 8, of which a thread has up to so many vectors.
@@ -42,7 +47,7 @@ __global__ void __launch_bounds__(kRowThreads)
   wait_for_kernel_ahead();
   const int64_t row = blockIdx.x;
   const T* from = after_wait(x) + row * columns;
-  const int64_t row_flag_bytes = flag_vectors(columns) * 16;
+  const int64_t flag_bytes = row_flag_bytes(columns);
   Vector<T, kPerVector> values[kVectors];
 #pragma unroll
   for (int v = 0; v < kVectors; ++v) {
@@ -68,8 +73,8 @@ __global__ void __launch_bounds__(kRowThreads)
       for (; flagged != 0; flagged &= flagged - 1) {
         flag_column(outliers.flags, column + __ffs(static_cast<int>(flagged)) - 1);
       }
-    } else if (column < row_flag_bytes * 8) {
-      own_flags[row * row_flag_bytes + column / kPerVector] = static_cast<uint8_t>(flagged);
+    } else if (column < flag_bytes * 8) {
+      own_flags[row * flag_bytes + column / kPerVector] = static_cast<uint8_t>(flagged);
     }
   }
   bits = block_max(bits, scratch);
@@ -252,7 +257,7 @@ void quantize(const Launch& launch, const T* x, int64_t rows, int64_t columns, f
 }
 
 void prepare(const Launch& launch, const Outliers& outliers, int64_t rows, int64_t columns) {
-  const int64_t words = ceil_div(columns, 32) + 1;
+  const int64_t words = column_words(columns);
   launch_dependent(clear_words, {dim3(launch.grid(ceil_div(words, kThreads), 4)), kThreads}, launch, kQuantization,
                    outliers.flags, words);
   if (rows == 0) {
@@ -268,19 +273,19 @@ void clear(const Launch& launch, const Outliers& outliers, int8_t* codes, int64_
 }  // namespace
 
 int64_t outlier_flag_words(int64_t rows, int64_t columns) {
-  constexpr int64_t kAlignment = 4;
-  return ceil_div(columns, 32) + 1 + (merges_flags(rows, columns) ? kAlignment + rows * flag_vectors(columns) * 4 : 0);
+  const int64_t merged_bytes = merges_flags(rows, columns) ? kFlagVector + rows * row_flag_bytes(columns) : 0;
+  return column_words(columns) + merged_bytes / static_cast<int64_t>(sizeof(unsigned));
 }
 
 void int8_quantize_rows(const Launch& launch, const void* x, int dtype, int64_t rows, int64_t columns, float threshold,
                         int8_t* codes, float* absmax, const Outliers& outliers, bool cleared) {
-  const bool merges = threshold > 0.0f && merges_flags(rows, columns);
+  const bool finds = threshold > 0.0f, merges = finds && merges_flags(rows, columns);
   // Where no code waits for other rows, many thread blocks and a second launch are faster.
-  if (threshold > 0.0f && (cleared || !merges) &&
+  if (finds && (cleared || !merges) &&
       int8_quantize_few_rows(launch, x, dtype, rows, columns, threshold, codes, absmax, outliers, cleared)) {
     return;
   }
-  if (threshold > 0.0f && columns > 0 && !merges) {
+  if (finds && columns > 0 && !merges) {
     prepare(launch, outliers, rows, columns);
   }
   uint8_t* own_flags = merges ? row_flags(outliers, columns) : nullptr;
@@ -294,7 +299,7 @@ void int8_quantize_rows(const Launch& launch, const void* x, int dtype, int64_t 
     launch_dependent(merge_flags, {dim3(1), kMergeThreads}, launch, kQuantization, own_flags, static_cast<int>(rows),
                      static_cast<int>(columns), outliers);
   }
-  if (threshold > 0.0f && cleared && rows > 0 && columns > 0) {
+  if (finds && cleared && rows > 0 && columns > 0) {
     clear(launch, outliers, codes, rows, columns);
   }
   check_launch("int8_vectorwise_quant");
