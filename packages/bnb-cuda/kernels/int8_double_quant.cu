@@ -299,7 +299,7 @@ void int8_double_quantize(const Launch& launch, const void* x, int dtype, int64_
     return int8_quantize_rows(launch, x, dtype, rows, columns, 0.0f, row_codes, row_absmax, outliers, true);
   }
   const bool has_outliers = threshold > 0.0f;
-  const int64_t words = has_outliers ? ceil_div(columns, 32) + 1 : 0;
+  const int64_t words = has_outliers ? column_words(columns) : 0;
   const int64_t cleared = ceil_div(rows > columns ? rows : columns, kThreads * kClearedPerThread);
   launch_dependent(clear_statistics, {dim3(launch.grid(cleared, 8)), kThreads}, launch, kName, rows, columns,
                    row_absmax, column_absmax, outliers, words);

@@ -16,9 +16,6 @@ constexpr int kMergedAtOnce = 8;
 // Rows whose flags one thread block merges, and bytes of these.
 constexpr int64_t kMostMergedRows = 256, kMostMerged = 1 << 18;
 
-// Words of the flags of all columns, and one that counts.
-int64_t column_words(int64_t columns) { return ceil_div(columns, 32) + 1; }
-
 // Flags of a row: vectors, and their bytes.
 constexpr int kFlagVector = 16;
 __host__ __device__ constexpr int64_t flag_vectors(int64_t columns) { return (columns + 127) / 128; }

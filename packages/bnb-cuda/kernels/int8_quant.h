@@ -30,6 +30,9 @@ __device__ __forceinline__ unsigned inlier_bits(float value, float threshold) {
   return threshold > 0.0f && bnb::float_of(bits) >= threshold ? 0u : bits;
 }
 
+// Words of the flags of so many columns, and one that counts.
+inline int64_t column_words(int64_t columns) { return ceil_div(columns, 32) + 1; }
+
 // Without a row no kernel writes the number of columns.
 inline void clear_count(const Launch& launch, const Outliers& outliers, const char* what) {
   check(gpuMemsetAsync(outliers.count, 0, Outliers::kCountWords * sizeof(int), launch.stream()), what);
