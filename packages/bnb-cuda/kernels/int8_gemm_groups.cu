@@ -1,4 +1,4 @@
-// int8 products with 17 and more rows of activations on compute capability 9.0, all in one kernel.
+// int8 products on compute capability 9.0, all in one kernel: any number of rows of activations.
 //
 // A thread block computes tiles of 64 or 128 rows of activations times 64 to 256 rows of the weight, in turn. One
 // warp has the copy engine bring both into a ring in shared memory, 128 columns per stage; two groups of four warps
@@ -28,6 +28,9 @@ constexpr int kConstantThreads = kLanes;
 static_assert(kGroupThreads == kLanes + kConstantThreads + kPickers * kLanes, "all warps have a role");
 // Up to so many columns, rounded up, gathering costs less than multiplying all columns in place (measured on an H200).
 constexpr int kGatheredShare = 8;
+// Columns that find room in a list in shared memory.
+constexpr int kMostListed = kMostColumns / kGatheredShare;
+static_assert(kMostListed % kGatheredMultiple == 0, "as many as are gathered");
 
 template <bool kOutliers, int kTokens, int kRows, int kCluster>
 struct Shape {
@@ -41,10 +44,12 @@ struct Shape {
   static constexpr int kConstants = kTokens + 2 * kRows;
   static constexpr int kBoxRows = kRows / kCluster;
   static constexpr int kPanelBytes = kOutliers ? kBoxRows * kStep : 0;
-  static constexpr int kFit = (kSharedLimit - kPanelBytes - kSlots * 4 * kConstants) / kStageBytes;
+  static constexpr int kListBytes = kOutliers ? 4 * (kMergedWords + kMostListed) : 0;
+  static constexpr int kFit = (kSharedLimit - kPanelBytes - kListBytes - kSlots * 4 * kConstants) / kStageBytes;
   static constexpr int kStages = kFit < 8 ? kFit : 8;
   static constexpr int kPanelBegin = kStages * kStageBytes;
-  static constexpr int kConstantsBegin = kPanelBegin + kPanelBytes;
+  static constexpr int kMergedBegin = kPanelBegin + kPanelBytes;
+  static constexpr int kConstantsBegin = kMergedBegin + kListBytes;
   static constexpr int kBarriers = kConstantsBegin + kSlots * 4 * kConstants;
   static constexpr int kBytes = kBarriers + 256;
 };
@@ -125,6 +130,10 @@ __global__ void __launch_bounds__(kThreads, 1)
   uint64_t* known = drained + kStages;
   uint64_t* read = known + kSlots;
   uint64_t* picked = read + kSlots;
+  // Where flags of rows are left to this thread block: they are merged, the columns are listed.
+  uint64_t* merged = picked + 1;
+  uint64_t* listed = merged + 1;
+  int* listed_count = reinterpret_cast<int*>(listed + 1);
 
   const int rank = kCluster > 1 ? static_cast<int>(blockIdx.x) % kCluster : 0;
   const int token_tiles = (p.m + kTokens * kCluster - 1) / (kTokens * kCluster);
@@ -147,10 +156,18 @@ __global__ void __launch_bounds__(kThreads, 1)
       initialize(read + s, kMathWarps * kWarpArrivals);
     }
     initialize(picked, kPickers * kWarpArrivals);
+    initialize(merged, kMathWarps * kWarpArrivals);
+    initialize(listed, kWarpArrivals);
     publish_barriers();
     for (int step = 0; step < min(steps, kPrefetchedStages); ++step) {
       prefetch_box(maps.weight, step * kStep, row_of(first_tile) + rank * Layout::kBoxRows);
     }
+  }
+  const bool merges = kOutliers && p.row_flags != nullptr;
+  unsigned* merged_flags = reinterpret_cast<unsigned*>(shared + Layout::kMergedBegin);
+  int* list = reinterpret_cast<int*>(merged_flags + kMergedWords);
+  if (merges) {
+    clear_merged<kThreads>(merged_flags, p.k);
   }
   auto cluster = cooperative_groups::this_cluster();
   if constexpr (kCluster > 1) {
@@ -161,9 +178,14 @@ __global__ void __launch_bounds__(kThreads, 1)
 
   wait_for_kernel_ahead();
   let_kernel_behind_begin();
-  const int count = kOutliers ? *p.outliers.count : 0;
-  const bool masked = kOutliers && count > p.room, gathers = count > 0 && !masked;
-  const int outlier_steps = ((masked ? p.k : count) + kOutlierStep - 1) / kOutlierStep;
+  SeenOutliers seen{p.outliers.columns, p.outliers.flags, kOutliers && !merges ? *p.outliers.count : 0};
+  // Each warp looks as late as it can.
+  const auto see = [&] {
+    if (merges) {
+      wait(listed, 0);
+      seen = {list, merged_flags, *listed_count};
+    }
+  };
 
   if (warp >= kMathWarps) {
     keep_fewer_registers<72>();
@@ -192,15 +214,16 @@ __global__ void __launch_bounds__(kThreads, 1)
           for (int step = 0; step < steps; ++step) {
             bring(Layout::kStageBytes, maps.activations, token, maps.weight, row, step * kStep, box_row * kStep);
           }
-          if (kOutliers && gathers) {
+          see();
+          if (seen.gathered(p) > 0) {
             if (tile == first_tile) {
               wait_for_gathered(p);
             }
             wait(picked, picked_parity);
             picked_parity ^= 1;
           }
-          for (int step = 0; step < outlier_steps; ++step) {
-            if (masked) {
+          for (int step = 0; step < seen.steps(p); ++step) {
+            if (seen.masked(p)) {
               bring(Layout::kMaskedBytes, maps.all_values, token, maps.all_codes, row, step * kOutlierStep,
                     box_row * kOutlierStep);
             } else {
@@ -213,8 +236,9 @@ __global__ void __launch_bounds__(kThreads, 1)
       __syncwarp();
     } else if (warp == kMathWarps + 1) {
       if constexpr (kOutliers) {
-        if (gathers) {
-          gather_outliers<T>(p, count, lane);
+        see();
+        if (seen.gathered(p) > 0) {
+          gather_outliers<T>(p, seen, lane);
         }
       }
       RingPlace<kSlots> place;
@@ -227,6 +251,15 @@ __global__ void __launch_bounds__(kThreads, 1)
       }
       __syncwarp();
     } else if constexpr (kOutliers) {
+      if (merges && warp == kMathWarps + 2) {
+        wait(merged, 0);
+        const int found = list_flagged(merged_flags, p.k, p.room, list);
+        if (lane == 0) {
+          *listed_count = found;
+        }
+        arrive_as_warp(listed, lane);
+      }
+      see();
       const StageRelease<kCluster> release(drained, lane);
       // A picker's share of the rows that this thread block brings.
       constexpr int kOwnRows = Layout::kBoxRows / kPickers;
@@ -239,14 +272,14 @@ __global__ void __launch_bounds__(kThreads, 1)
         place.advance();
       };
       for (int tile = first_tile; tile < tiles; tile += stride) {
-        CodePicker<T, kOwnRows> codes(p, maps.picked_codes, gathers ? count : 0, row_of(tile) + box_row,
+        CodePicker<T, kOwnRows> codes(seen.columns, seen.gathered(p), maps.picked_codes, row_of(tile) + box_row,
                                       shared + Layout::kPanelBegin + own * kStep, lane);
         for (int step = 0; step < steps; ++step) {
           pass_stage([&](const unsigned char* stage) { codes.pick(stage, (step + 1) * kStep); });
         }
         codes.finish();
         arrive_as_warp(picked, lane);
-        for (int step = 0; step < outlier_steps; ++step) {
+        for (int step = 0; step < seen.steps(p); ++step) {
           pass_stage([](const unsigned char*) {});
         }
       }
@@ -254,6 +287,10 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
   } else {
     take_more_registers<216>();
+    if (merges) {
+      merge_rows<kMathThreads>(merged_flags, p.row_flags, p.m, p.k, static_cast<int>(threadIdx.x));
+      arrive_as_warp(merged, lane);
+    }
     const int group = threadIdx.x / kGroupThreads, g = lane / 4, t = lane % 4;
     // The tokens and rows of the weight that this group multiplies, within a tile.
     const int group_token = Layout::kSharesTokens ? group * 64 : 0,
@@ -298,7 +335,10 @@ __global__ void __launch_bounds__(kThreads, 1)
         for (int i = 0; i < kGroupRows / 2; ++i) {
           sums[i] = __float_as_int(__int2float_rn(sums[i]) * (token_scale[i % 4 / 2] * (1.0f / 127.0f)));
         }
-        MaskedStages<T, kTokens, kRows> stages(p, token_of(tile), own, masked);
+        see();
+        const bool masked = seen.masked(p);
+        const int outlier_steps = seen.steps(p);
+        MaskedStages<T, kTokens, kRows> stages(p, seen.flags, token_of(tile), own, masked);
         const auto arrived_stage = [&](int step) {
           wait(full + place.slot, place.parity);
           if (masked) {
@@ -385,6 +425,7 @@ void run(const Launch& launch, const Gemm8& p) {
     maps.all_values = matrix_map(p.values, kTwoBytes, 2, p.m, p.k, tokens, kOutlierStep, kSwizzle);
     maps.all_codes = matrix_map(p.b, kByte, 1, p.n, p.k, Layout::kBoxRows, kOutlierStep);
   }
+  const bool merges = p.outliers.flags != nullptr && !p.cleared && product_merges_flags(p.m, p.k);
   const Problem problem{static_cast<int>(p.m),
                         static_cast<int>(p.n),
                         static_cast<int>(p.k),
@@ -396,6 +437,7 @@ void run(const Launch& launch, const Gemm8& p) {
                         p.cleared ? nullptr : p.a,
                         p.b,
                         p.outliers,
+                        merges ? row_flags(p.outliers, p.k) : nullptr,
                         p.gathered,
                         p.bias,
                         p.bias_dtype};

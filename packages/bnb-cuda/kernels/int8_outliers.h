@@ -7,6 +7,9 @@
 // take rows as they get to them, and each has its rows done before it waits for anything: no thread block depends on
 // one that has not begun.
 //
+// Which columns those are, quantization has listed, or it has left the flags of few rows to each thread block: then the
+// warps that multiply merge them before they begin, and a picker lists them while they do.
+//
 // More columns are multiplied where they lie: the copy engine brings all columns of the activations and codes of the
 // weight, and the warps that multiply first clear the columns without an outlier and widen the codes.
 //
@@ -14,6 +17,7 @@
 // the value itself for an outlier, whose code is 0, and next to nothing for others.
 #pragma once
 
+#include "int8_flags.h"
 #include "int8_gemm.h"
 #include "tensor_map.h"
 #include "wgmma.h"
@@ -39,9 +43,25 @@ struct Problem {
   const int8_t* token_codes;  // null if they are 0 in the outlier columns
   const int8_t* codes;
   Outliers outliers;
+  const uint8_t* row_flags;  // that nobody has merged, or null
   void* gathered;
   const void* bias;
   int bias_dtype;
+};
+
+// Outlier columns as the warps of a thread block see them: in global memory, or in shared memory where they have merged
+// the flags of rows themselves. With more than have room the list ends there, and the flags count.
+struct SeenOutliers {
+  const int* columns;
+  const unsigned* flags;
+  int count;
+
+  __device__ __forceinline__ bool masked(const Problem& p) const { return count > p.room; }
+  __device__ __forceinline__ int gathered(const Problem& p) const { return masked(p) ? 0 : count; }
+  // Stages of outlier columns that a tile has.
+  __device__ __forceinline__ int steps(const Problem& p) const {
+    return ((masked(p) ? p.k : count) + kOutlierStep - 1) / kOutlierStep;
+  }
 };
 
 // Values of which each lane has the loads under way.
@@ -60,7 +80,8 @@ struct GatherPlan {
 
 // Writes the outlier columns of `rows` rows of the activations, up to the end of a stage, behind those of the weight.
 template <class T>
-__device__ __forceinline__ void gather_rows(const Problem& p, int count, int first, int rows, int lane) {
+__device__ __forceinline__ void gather_rows(const Problem& p, const SeenOutliers& seen, int first, int rows, int lane) {
+  const int count = seen.count;
   constexpr int kPerVector = 16 / sizeof(T), kVectors = kOutlierStep / kPerVector;
   T* out = static_cast<T*>(p.gathered) + static_cast<int64_t>(p.n + first) * p.room;
   const int whole = count / kOutlierStep * kOutlierStep;
@@ -76,7 +97,7 @@ __device__ __forceinline__ void gather_rows(const Problem& p, int count, int fir
 #pragma unroll
     for (int u = 0; u < kGatheredAtOnce; ++u) {
       const int item = min(begin + u * kLanes, items - 1), row = first + (item >> shift);
-      const int64_t place = static_cast<int64_t>(row) * p.k + p.outliers.columns[min(item & mask, count - 1)];
+      const int64_t place = static_cast<int64_t>(row) * p.k + seen.columns[min(item & mask, count - 1)];
       const float code = p.token_codes == nullptr ? 0.0f : p.token_codes[place];
       const float value = to_float(static_cast<const T*>(p.values)[place]);
       rests[u] = from_float<T>(rest_of_code(value, code, p.a_absmax[row] * (1.0f / 127.0f)));
@@ -93,7 +114,7 @@ __device__ __forceinline__ void gather_rows(const Problem& p, int count, int fir
 
 // Puts outlier columns of the activations side by side, until nobody has anything left to do.
 template <class T>
-__device__ __forceinline__ void gather_outliers(const Problem& p, int count, int lane) {
+__device__ __forceinline__ void gather_outliers(const Problem& p, const SeenOutliers& seen, int lane) {
   int* taken = p.outliers.count + 1;
   int* done = p.outliers.count + 2;
   const GatherPlan plan(p);
@@ -103,7 +124,7 @@ __device__ __forceinline__ void gather_outliers(const Problem& p, int count, int
       return;
     }
     const int first = chunk * plan.rows;
-    gather_rows<T>(p, count, first, min(plan.rows, p.m - first), lane);
+    gather_rows<T>(p, seen, first, min(plan.rows, p.m - first), lane);
     publish_to_copy_engine();
     __syncwarp();
     if (lane == 0) {
@@ -131,12 +152,13 @@ constexpr int kPickers = 2;  // warps, which share the rows of a tile
 template <class T, int kRows>
 class CodePicker {
  public:
-  // `panel`: room for so many rows of a stage. `map`: describes the columns side by side, a panel at a time.
-  __device__ __forceinline__ CodePicker(const Problem& p, const CUtensorMap& map, int count, int first_row,
+  // `columns`: the list of so many. `panel`: room for so many rows of a stage. `map`: describes the columns side by
+  // side, a panel at a time.
+  __device__ __forceinline__ CodePicker(const int* columns, int count, const CUtensorMap& map, int first_row,
                                         unsigned char* panel, int lane)
-      : p_(p),
-        map_(map),
+      : columns_(columns),
         count_(count),
+        map_(map),
         first_row_(first_row),
         panel_(panel),
         lane_(lane),
@@ -181,9 +203,7 @@ class CodePicker {
   static constexpr int kColumnsAtOnce = kLanes / kRowsAtOnce;
 
   // Of the list, which is in ascending order; what follows is beyond all stages.
-  __device__ __forceinline__ int column_at(int place) const {
-    return place < count_ ? p_.outliers.columns[place] : 0x7fffffff;
-  }
+  __device__ __forceinline__ int column_at(int place) const { return place < count_ ? columns_[place] : 0x7fffffff; }
 
   // Columns of the last panel of which there is no outlier get 0.
   __device__ __forceinline__ void begin_panel() {
@@ -224,9 +244,10 @@ class CodePicker {
     __syncwarp();
   }
 
-  const Problem& p_;
+  const int* const columns_;
+  const int count_;
   const CUtensorMap& map_;
-  const int count_, first_row_;
+  const int first_row_;
   unsigned char* const panel_;
   const int lane_;
   int panel_end_ = kOutlierStep;
@@ -238,10 +259,11 @@ class CodePicker {
 template <class T, int kTokens, int kRows>
 class MaskedStages {
  public:
-  // `first_token`: of the tile; `absmax`: of its rows of activations, in shared memory. `used`: or there are no such
-  // stages.
-  __device__ __forceinline__ MaskedStages(const Problem& p, int first_token, const float* absmax, bool used)
-      : p_(p), first_token_(first_token), absmax_(absmax) {
+  // `flags`: of columns. `first_token`: of the tile; `absmax`: of its rows of activations, in shared memory. `used`: or
+  // there are no such stages.
+  __device__ __forceinline__ MaskedStages(const Problem& p, const unsigned* flags, int first_token, const float* absmax,
+                                          bool used)
+      : p_(p), flags_(flags), first_token_(first_token), absmax_(absmax) {
     if (used) {
       fetch(0);
     }
@@ -287,7 +309,7 @@ class MaskedStages {
   // Masks and codes of this thread's eight columns of a stage, ahead of their use.
   __device__ __forceinline__ void fetch(int step) {
     const int column = step * kOutlierStep + threadIdx.x % kPieces * 8;
-    const unsigned flags = flags_of<8>(p_.outliers.flags, column, p_.k);
+    const unsigned flags = flags_of<8>(flags_, column, p_.k);
     mask_ = make_uint4(pair_mask(flags), pair_mask(flags >> 2), pair_mask(flags >> 4), pair_mask(flags >> 6));
 #pragma unroll
     for (int i = 0; i < kTokenPieces; ++i) {
@@ -313,6 +335,7 @@ class MaskedStages {
   }
 
   const Problem& p_;
+  const unsigned* const flags_;
   const int first_token_;
   const float* absmax_;
   uint2 codes_[kTokenPieces];

@@ -1,7 +1,8 @@
 // Row-wise int8 quantization of LLM.int8(), with outlier columns found on the device.
 //
-// Few rows with outliers take one launch (int8_quant_few.cu). Of more rows each keeps flags of its own, which the next
-// launch merges; of very many, the last thread block lists the columns that all of them have flagged.
+// Few rows whose outlier columns get code 0 take one launch (int8_quant_few.cu). Otherwise each row keeps flags of its
+// own, which the product merges, or the next launch if there are more; of very many rows, the last thread block lists
+// the columns that all of them have flagged.
 #include <type_traits>
 
 #include "int8_quant.h"
@@ -11,26 +12,13 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kMergeThreads = 1024;
-// Rows of whose flags a thread has the loads under way.
-constexpr int kMergedAtOnce = 8;
-// Rows whose flags one thread block merges, and bytes of these.
-constexpr int64_t kMostMergedRows = 256, kMostMerged = 1 << 18;
-
-// Flags of a row: vectors, and their bytes.
-constexpr int kFlagVector = 16;
-__host__ __device__ constexpr int64_t flag_vectors(int64_t columns) { return (columns + 127) / 128; }
-__host__ __device__ constexpr int64_t row_flag_bytes(int64_t columns) { return flag_vectors(columns) * kFlagVector; }
+// Rows whose flags one thread block merges, and bytes of these; and bytes that each thread block of a product does.
+constexpr int64_t kMostMergedRows = 256, kMostMerged = 1 << 18, kMostMergedByProduct = 7 << 14;
 
 // Whether rows keep flags of their own.
 bool merges_flags(int64_t rows, int64_t columns) {
   return rows > 0 && rows <= kMostMergedRows && columns > 0 && columns % kPerVector == 0 && columns <= kMostColumns &&
          rows * row_flag_bytes(columns) <= kMostMerged;
-}
-
-// Where the flags of the rows begin, behind those of the columns and the word that counts.
-uint8_t* row_flags(const Outliers& outliers, int64_t columns) {
-  const auto end = reinterpret_cast<uintptr_t>(outliers.flags + column_words(columns));
-  return reinterpret_cast<uint8_t*>(ceil_div(end, uintptr_t{kFlagVector}) * kFlagVector);
 }
 
 // One thread block per row, the row in registers: columns a multiple of 8, of which a thread has up to so many vectors.
@@ -79,6 +67,9 @@ __global__ void __launch_bounds__(kRowThreads)
   if (threadIdx.x == 0) {
     absmax[row] = largest;
   }
+  if (own_flags != nullptr && row == 0 && threadIdx.x < Outliers::kCountWords) {
+    outliers.count[threadIdx.x] = 0;
+  }
 #pragma unroll
   for (int v = 0; v < kVectors; ++v) {
     const int column = (v * kRowThreads + threadIdx.x) * kPerVector;
@@ -102,36 +93,12 @@ __global__ void __launch_bounds__(kRowThreads)
 // Lists the columns that rows have flagged. One thread block, whose threads share the rows.
 __global__ void __launch_bounds__(kMergeThreads)
     merge_flags(const uint8_t* __restrict__ own_flags, int rows, int columns, const Outliers outliers) {
-  __shared__ __align__(16) unsigned merged[kMostColumns / 32];
-  const int vectors = static_cast<int>(flag_vectors(columns)), shares = kMergeThreads / vectors;
-  const int own = static_cast<int>(threadIdx.x) % vectors, share = static_cast<int>(threadIdx.x) / vectors;
-  for (int i = threadIdx.x; i < vectors * 4; i += kMergeThreads) {
-    merged[i] = 0;
-  }
+  __shared__ unsigned merged[kMergedWords];
+  clear_merged<kMergeThreads>(merged, columns);
   let_kernel_behind_begin();
   wait_for_kernel_ahead();
-  const uint4* from = reinterpret_cast<const uint4*>(after_wait(own_flags)) + own;
-  uint4 flags = make_uint4(0, 0, 0, 0);
-  for (int first = share; share < shares && first < rows; first += kMergedAtOnce * shares) {
-    uint4 of_rows[kMergedAtOnce];
-#pragma unroll
-    for (int u = 0; u < kMergedAtOnce; ++u) {
-      // Rows that do not exist stand for the last one.
-      of_rows[u] = from[static_cast<int64_t>(min(first + u * shares, rows - 1)) * vectors];
-    }
-#pragma unroll
-    for (const uint4& row : of_rows) {
-      flags = make_uint4(flags.x | row.x, flags.y | row.y, flags.z | row.z, flags.w | row.w);
-    }
-  }
   __syncthreads();
-  const unsigned words[4] = {flags.x, flags.y, flags.z, flags.w};
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    if (words[i] != 0) {
-      atomicOr(merged + own * 4 + i, words[i]);
-    }
-  }
+  merge_rows<kMergeThreads>(merged, after_wait(own_flags), rows, columns, static_cast<int>(threadIdx.x));
   __syncthreads();
   list_columns(outliers, columns, [&](int64_t word) {
     outliers.flags[word] = merged[word];
@@ -274,6 +241,10 @@ int64_t outlier_flag_words(int64_t rows, int64_t columns) {
   return column_words(columns) + merged_bytes / static_cast<int64_t>(sizeof(unsigned));
 }
 
+bool product_merges_flags(int64_t rows, int64_t columns) {
+  return merges_flags(rows, columns) && rows * row_flag_bytes(columns) <= kMostMergedByProduct;
+}
+
 void int8_quantize_rows(const Launch& launch, const void* x, int dtype, int64_t rows, int64_t columns, float threshold,
                         int8_t* codes, float* absmax, const Outliers& outliers, bool cleared) {
   const bool finds = threshold > 0.0f, merges = finds && merges_flags(rows, columns);
@@ -292,7 +263,7 @@ void int8_quantize_rows(const Launch& launch, const void* x, int dtype, int64_t 
       quantize<T>(launch, static_cast<const T*>(x), rows, columns, threshold, codes, absmax, outliers, own_flags);
     });
   }
-  if (merges) {
+  if (merges && (cleared || !product_merges_flags(rows, columns))) {
     launch_dependent(merge_flags, {dim3(1), kMergeThreads}, launch, kQuantization, own_flags, static_cast<int>(rows),
                      static_cast<int>(columns), outliers);
   }

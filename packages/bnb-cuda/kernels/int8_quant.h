@@ -3,14 +3,11 @@
 
 #include "block.h"
 #include "dependent.h"
-#include "gemm4.h"
-#include "kernels.h"
+#include "int8_flags.h"
 
 namespace bnb_gpu {
 
 constexpr int kPerVector = 8;
-// Columns for which a thread block has shared memory and registers.
-constexpr int kMostColumns = 16384;
 constexpr float kLargestCode = 127.0f;
 // For messages.
 constexpr char kQuantization[] = "int8 quantization";
@@ -30,9 +27,6 @@ __device__ __forceinline__ unsigned inlier_bits(float value, float threshold) {
   return threshold > 0.0f && bnb::float_of(bits) >= threshold ? 0u : bits;
 }
 
-// Words of the flags of so many columns, and one that counts.
-inline int64_t column_words(int64_t columns) { return ceil_div(columns, 32) + 1; }
-
 // Without a row no kernel writes the number of columns.
 inline void clear_count(const Launch& launch, const Outliers& outliers, const char* what) {
   check(gpuMemsetAsync(outliers.count, 0, Outliers::kCountWords * sizeof(int), launch.stream()), what);
@@ -48,16 +42,6 @@ __device__ __forceinline__ void flag_column(unsigned* flags, int64_t column) {
 
 __device__ __forceinline__ bool is_flagged(const unsigned* flags, int64_t column) {
   return (flags[column / 32] >> (column % 32) & 1u) != 0;
-}
-
-// The sum of a warp's values up to and with this lane's.
-__device__ __forceinline__ int sum_up_to_lane(int value, int lane) {
-#pragma unroll
-  for (int step = 1; step < kLanes; step <<= 1) {
-    const int other = shuffle(value, max(lane - step, 0));
-    value += lane >= step ? other : 0;
-  }
-  return value;
 }
 
 // Fills up a list of so many columns and writes their number. A warp at least calls this.

@@ -19,27 +19,12 @@ constexpr int kCluster = 8;
 // Vectors of values that a thread keeps between the statistics and the codes.
 constexpr int kHeld = 2;
 
-// Hands out flags in shared memory and the ascending list of the columns that have one. A warp calls this, while others
-// go on.
-__device__ __forceinline__ void list_flagged(const unsigned* flags, int columns, const Outliers& outliers) {
-  const int lane = threadIdx.x % kLanes, words = (columns + 31) / 32, own_words = (words + kLanes - 1) / kLanes;
-  const int first = min(lane * own_words, words), end = min(first + own_words, words);
-  int own = 0;
-  for (int i = first; i < end; ++i) {
-    own += __popc(flags[i]);
-  }
-  for (int i = lane; i < words; i += kLanes) {
+// Hands out flags in shared memory and the list of the columns that have one. A warp calls this, while others go on.
+__device__ __forceinline__ void hand_out(const unsigned* flags, int columns, const Outliers& outliers) {
+  for (int i = threadIdx.x % kLanes; i < (columns + 31) / 32; i += kLanes) {
     outliers.flags[i] = flags[i];
   }
-  const int up_to_own = sum_up_to_lane(own, lane);
-  const int listed = shuffle(up_to_own, kLanes - 1);
-  int place = up_to_own - own;
-  for (int i = first; i < end && place < up_to_own; ++i) {
-    for (unsigned bits = flags[i]; bits != 0; bits &= bits - 1) {
-      outliers.columns[place++] = i * 32 + __ffs(static_cast<int>(bits)) - 1;
-    }
-  }
-  finish_list(outliers, listed, columns);
+  finish_list(outliers, list_flagged(flags, columns, columns, outliers.columns), columns);
 }
 
 // A few rows with outliers, everything in one launch of one thread block or cluster, whose warps share the rows.
@@ -125,7 +110,7 @@ __global__ void __launch_bounds__(kThreads)
   __syncthreads();
   // The warp that is the least likely to have a row.
   if (blockIdx.x == gridDim.x - 1 && warp == kWarps - 1) {
-    list_flagged(flags, columns, outliers);
+    hand_out(flags, columns, outliers);
   }
   for (int i = 0; i < warps_per_row; ++i) {
     bits = max(bits, largest[group * warps_per_row + i]);

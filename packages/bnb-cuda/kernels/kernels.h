@@ -74,6 +74,9 @@ void gemv_4bit(const Launch&, const Gemm4&, const float* code);
 // quantization (outlier_flag_words); `columns` lists the set bits in ascending order. `count` has kCountWords: their
 // number and words that are 0, by which a product hands out work to its thread blocks. Products take columns that
 // anybody has listed in that order, without flags, too, and each needs words of its own.
+//
+// Of few rows whose codes are not cleared in outlier columns, quantization leaves the flags to the product, row by row
+// (product_merges_flags): of the columns there is no list then, and of `count` only the words that are 0.
 struct Outliers {
   static constexpr int kCountWords = 3;
   // Lists of columns with flags are filled up to so many with column 0, as far as there are columns, so that they can
@@ -86,9 +89,10 @@ struct Outliers {
 
 // Words of flags that quantization of such a matrix needs.
 int64_t outlier_flag_words(int64_t rows, int64_t columns);
+bool product_merges_flags(int64_t rows, int64_t columns);
 
 // Codes and absmax per row. With a threshold: outliers do not count, they get code 0, and so do their columns if
-// `cleared`; the columns are listed in `outliers` (otherwise null pointers).
+// `cleared`; the columns are listed in `outliers` (null pointers without a threshold), or left to the product.
 void int8_quantize_rows(const Launch&, const void* x, int dtype, int64_t rows, int64_t columns, float threshold,
                         int8_t* codes, float* absmax, const Outliers& outliers, bool cleared);
 // Codes per row and per column with their absmax, from one pass for the statistics and one for the codes.

@@ -45,9 +45,12 @@ def relative_error(result, truth):
     return ((result.double() - truth).norm() / truth.norm()).item()
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize(("n", "k"), [(64, 128), (100, 272), (77, 1104), (4100, 1088), (512, 4096), (14336, 512)])
-def test_any_number_of_outlier_columns(n, k, dtype):
+SIZES = pytest.mark.parametrize(
+    ("n", "k"), [(64, 128), (100, 272), (77, 1104), (4100, 1088), (512, 4096), (14336, 512)]
+)
+
+
+def check_any_number_of_outlier_columns(n, k, dtype, all_rows):
     from bnb_cuda import _C
 
     codes, absmax, weight = weight_of(n, k)
@@ -55,7 +58,7 @@ def test_any_number_of_outlier_columns(n, k, dtype):
     room = _C.gathered_room(k)
     numbers = {1, 32, 33, 64, 65, room, room + 1, k // 2, k}
     for columns in sorted(number for number in numbers if number <= k):
-        for rows in ROWS:
+        for rows in all_rows:
             x = activations(rows, k, columns, dtype)
             truth, listed = expected(x, weight)
             assert len(listed) == columns
@@ -67,12 +70,33 @@ def test_any_number_of_outlier_columns(n, k, dtype):
             assert error < TOLERANCE[dtype], (rows, columns, error)
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@SIZES
+def test_any_number_of_outlier_columns(n, k, dtype):
+    check_any_number_of_outlier_columns(n, k, dtype, ROWS)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@SIZES
+def test_few_rows_as_on_other_cards(n, k, dtype, monkeypatch):
+    """The kernel for few rows, which compute capability 9.0 has no use for with outliers."""
+    from bnb_cuda.tuning import Int8Path
+
+    monkeypatch.setattr("bnb_cuda.int8.plan", lambda *sizes: Int8Path.FEW)
+    check_any_number_of_outlier_columns(n, k, dtype, [rows for rows in ROWS if rows <= 16])
+
+
 @pytest.mark.parametrize(
     ("k", "rows"),
-    [(14336, 146), (14336, 147), (16384, 128), (16384, 129), (16400, 40), (264, 40), (1024, 256), (1024, 257)],
+    [
+        *((14336, 64), (14336, 65), (4096, 224), (4096, 225)),
+        *((14336, 146), (14336, 147), (16384, 128), (16384, 129), (1024, 256), (1024, 257)),
+        *((16384, 1), (16400, 1), (16400, 40), (264, 40)),
+    ],
 )
 def test_outlier_columns_are_found_in_any_number_of_rows(k, rows):
-    """On both sides of the sizes up to which rows keep flags of their own, and of those that fit a thread block."""
+    """On both sides of the sizes up to which a product merges the flags of rows, up to which rows keep flags of their
+    own, and of those that fit a thread block."""
     codes, absmax, weight = weight_of(64, k)
     for columns in (0, 5, k // 20, k):
         x = activations(rows, k, columns, torch.float16)

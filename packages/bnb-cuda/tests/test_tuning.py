@@ -104,14 +104,19 @@ def test_split_fills_the_device_and_keeps_work_for_each():
 
 def test_int8_paths():
     half, full = torch.float16, torch.float32
-    assert plan_int8(1, 4096, half, True, 90) is Int8Path.FEW
-    assert plan_int8(17, 4096, half, True, 90) is Int8Path.GROUPS
-    assert plan_int8(4096, 4099, torch.bfloat16, True, 90) is Int8Path.GROUPS
-    assert plan_int8(17, 4096, full, True, 90) is Int8Path.LIBRARY
-    assert plan_int8(17, 4096, half, True, 80) is Int8Path.LIBRARY
-    assert plan_int8(17, 4099, half, True, 80) is Int8Path.TILES
-    assert plan_int8(4096, 4099, half, True, 80) is Int8Path.LIBRARY
-    assert plan_int8(1, 4096, half, False, 90) is Int8Path.LIBRARY
+    assert plan_int8(1, 4096, half, True, 90, False) is Int8Path.FEW
+    assert plan_int8(8, 4096, half, True, 90, False) is Int8Path.FEW
+    assert plan_int8(9, 4096, half, True, 90, False) is Int8Path.GROUPS
+    assert plan_int8(1, 4096, half, True, 90, True) is Int8Path.GROUPS
+    assert plan_int8(4096, 4099, torch.bfloat16, True, 90, False) is Int8Path.GROUPS
+    for outliers in (False, True):
+        assert plan_int8(16, 4096, full, True, 90, outliers) is Int8Path.FEW
+        assert plan_int8(17, 4096, full, True, 90, outliers) is Int8Path.LIBRARY
+        assert plan_int8(16, 4096, half, True, 80, outliers) is Int8Path.FEW
+        assert plan_int8(17, 4096, half, True, 80, outliers) is Int8Path.LIBRARY
+        assert plan_int8(17, 4099, half, True, 80, outliers) is Int8Path.TILES
+        assert plan_int8(4096, 4099, half, True, 80, outliers) is Int8Path.LIBRARY
+        assert plan_int8(1, 4096, half, False, 90, outliers) is Int8Path.LIBRARY
 
 
 def test_the_module_counts_alike():

@@ -190,17 +190,18 @@ def int8_mixed_scaled_mm(
 def int8_linear(A: Tensor, CB: Tensor, SCB: Tensor, threshold: float = 0.0, bias: Tensor | None = None) -> Tensor:
     """Native ``int8_linear``: nothing waits for the device, whatever outliers there are."""
     A = plain(A)
-    cleared = plan(rows_of(A), *CB.shape, A.dtype, CB.device.index) is not Int8Path.GROUPS
+    path = plan(rows_of(A), *CB.shape, A.dtype, CB.device.index, threshold > 0.0)
+    cleared = path is not Int8Path.GROUPS
     codes, absmax, outliers = quantize_rows(A, threshold, cleared)
     values = A if threshold > 0.0 else None
     return scaled_product(codes, CB, absmax, SCB, values, outliers, bias, A.dtype, cleared)
 
 
 @cache
-def plan(rows: int, n: int, k: int, dtype: torch.dtype, device: int) -> Int8Path:
+def plan(rows: int, n: int, k: int, dtype: torch.dtype, device: int, outliers: bool) -> Int8Path:
     """The plan for a device, remembered."""
     capability = _C.capability(device)
-    return plan_int8(rows, n, dtype, _C.int8_gemm_fits(n, k, capability), capability)
+    return plan_int8(rows, n, dtype, _C.int8_gemm_fits(n, k, capability), capability, outliers)
 
 
 def scaled_product(
@@ -224,7 +225,7 @@ def scaled_product(
     out = empty((*A.shape[:-1], n), dtype=dtype, device=device)
     if not m or not n:
         return out
-    path = plan(m, n, k, dtype, device.index)
+    path = plan(m, n, k, dtype, device.index, outliers is not None)
     product = integer_product(A, B) if path is Int8Path.LIBRARY else None
     _multiply(path.value, out, product, A, B, m, n, k, row_stats, col_stats, values, outliers, bias, cleared)
     return out
@@ -290,12 +291,13 @@ def bind_int8_linear(
     # Sizes that the library takes without a copy of the weight.
     whole = n % LIBRARY_MULTIPLE == 0 and k % LIBRARY_MULTIPLE == 0
     # Room for list and number of the outlier columns, and, by rows, for their flags.
-    outlier_bytes = (k + COUNT_WORDS) * 4 if threshold > 0.0 else 0
-    room = _C.gathered_room(k) if threshold > 0.0 else 0
+    finds = threshold > 0.0
+    outlier_bytes = (k + COUNT_WORDS) * 4 if finds else 0
+    room = _C.gathered_room(k) if finds else 0
 
     def run(A: Tensor) -> Tensor | None:
         rows, dtype = rows_of(A), A.dtype
-        path, stored = plan(rows, n, k, dtype, index), None
+        path, stored = plan(rows, n, k, dtype, index, finds), None
         if path is Int8Path.LIBRARY:
             stored = weight_of()
             if rows <= _LIBRARY_ROWS or not whole or stored is None:

@@ -145,8 +145,9 @@ def split_of(rows: int, n: int, k: int, capability: int, processors: int) -> int
     return split
 
 
-#: Rows up to which the int8 kernel for few rows wins over those with tiles.
-MOST_ROWS_INT8_FEW = 16
+#: Rows up to which the int8 kernel for few rows wins over those with tiles; and, without outliers, over the one of
+#: compute capability 9.0 (H200), which wins with outliers throughout.
+MOST_ROWS_INT8_FEW, MOST_ROWS_INT8_FEW_GROUPS = 16, 8
 #: The library wants sizes in multiples of this; up to so many rows the tiles serve other sizes, for which a
 #: padded copy of the weight would have to be made at each call.
 LIBRARY_MULTIPLE = 8
@@ -166,12 +167,15 @@ class Int8Path(Enum):
     GROUPS = 3
 
 
-def plan_int8(rows: int, n: int, dtype: torch.dtype, fits: bool, capability: int) -> Int8Path:
-    """How to multiply ``rows`` rows by an int8 weight of ``n`` rows; ``fits``: whether the kernels take the sizes."""
+def plan_int8(rows: int, n: int, dtype: torch.dtype, fits: bool, capability: int, outliers: bool) -> Int8Path:
+    """How to multiply ``rows`` rows by an int8 weight of ``n`` rows.
+
+    ``fits``: whether the kernels take the sizes; ``outliers``: whether some columns may be outliers.
+    """
+    if fits and capability == 90 and dtype in (torch.float16, torch.bfloat16):
+        return Int8Path.GROUPS if outliers or rows > MOST_ROWS_INT8_FEW_GROUPS else Int8Path.FEW
     if fits and rows <= MOST_ROWS_INT8_FEW:
         return Int8Path.FEW
-    if fits and capability == 90 and dtype in (torch.float16, torch.bfloat16):
-        return Int8Path.GROUPS
     if fits and rows <= MOST_ROWS_INT8_TILES and n % LIBRARY_MULTIPLE:
         return Int8Path.TILES
     return Int8Path.LIBRARY
