@@ -136,6 +136,7 @@ NB_MODULE(_C, m) {
                          as<void>(out), dtype);
   });
   m.def("int8_gemm_fits", &int8_gemm_fits);
+  m.def("int8_gemv_fits", &int8_gemv_fits);
   m.attr("OUTLIER_COUNT_WORDS") = Outliers::kCountWords;
   m.def("outlier_flag_words", &outlier_flag_words);
   m.attr("GATHERED_MULTIPLE") = kGatheredMultiple;
@@ -151,19 +152,37 @@ NB_MODULE(_C, m) {
                          as<const float>(b_absmax), as<const void>(values), outliers, cleared, as<void>(gathered), room,
                          as<const void>(bias), bias_dtype, as<void>(out), dtype});
         });
-  // Quantization of rows and the product, for all paths but 0.
+  // Quantization of rows and the product, for all paths but 0. Path 4 needs no memory for what comes between.
   m.def("int8_linear",
         [](int path, int device, Pointer stream, Pointer values, int dtype, int64_t m, int64_t n, int64_t k,
            float threshold, Pointer codes, Pointer absmax, Pointer flags, Pointer listed, Pointer count, bool cleared,
            Pointer gathered, int64_t room, Pointer b, Pointer b_absmax, Pointer bias, int bias_dtype, Pointer out) {
           const Launch launch(device, stream);
           const Outliers outliers{as<unsigned>(flags), as<int>(listed), as<int>(count)};
-          int8_quantize_rows(launch, as<const void>(values), dtype, m, k, threshold, as<int8_t>(codes),
-                             as<float>(absmax), outliers, cleared);
-          multiply_int8(path, launch, nullptr,
-                        {as<const int8_t>(codes), as<const int8_t>(b), m, n, k, as<const float>(absmax),
-                         as<const float>(b_absmax), threshold > 0.0f ? as<const void>(values) : nullptr, outliers,
-                         cleared, as<void>(gathered), room, as<const void>(bias), bias_dtype, as<void>(out), dtype});
+          Gemm8 p{as<const int8_t>(codes),
+                  as<const int8_t>(b),
+                  m,
+                  n,
+                  k,
+                  as<const float>(absmax),
+                  as<const float>(b_absmax),
+                  as<const void>(values),
+                  outliers,
+                  cleared,
+                  as<void>(gathered),
+                  room,
+                  as<const void>(bias),
+                  bias_dtype,
+                  as<void>(out),
+                  dtype};
+          if (path == 4) {
+            int8_gemv(launch, p, threshold);
+            return;
+          }
+          int8_quantize_rows(launch, p.values, dtype, m, k, threshold, as<int8_t>(codes), as<float>(absmax), outliers,
+                             cleared);
+          p.values = threshold > 0.0f ? p.values : nullptr;
+          multiply_int8(path, launch, nullptr, p);
         });
 
   m.attr("OPTIMIZER_COLUMNS") = OptimizerStep::kColumns;

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.gpu
 THRESHOLD = 6.0
 #: Relative error in the norm of a result that is rounded to the dtype once.
 TOLERANCE = {torch.bfloat16: 3e-3, torch.float16: 4e-4, torch.float32: 3e-6}
-ROWS = (1, 5, 8, 9, 16, 17, 64, 65, 129, 300)
+ROWS = (1, 2, 3, 4, 5, 8, 9, 16, 17, 64, 65, 129, 300)
 
 
 @pytest.fixture(autouse=True)
@@ -76,13 +76,15 @@ def test_any_number_of_outlier_columns(n, k, dtype):
     check_any_number_of_outlier_columns(n, k, dtype, ROWS)
 
 
+@pytest.mark.parametrize("path", ["FEW", "GROUPS"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @SIZES
-def test_few_rows_as_on_other_cards(n, k, dtype, monkeypatch):
-    """The kernel for few rows, which compute capability 9.0 has no use for with outliers."""
+def test_few_rows_by_kernels_that_others_win_over(n, k, dtype, path, monkeypatch):
+    """Those of other cards, and of other numbers of rows."""
     from bnb_cuda.tuning import Int8Path
 
-    monkeypatch.setattr("bnb_cuda.int8.plan", lambda *sizes: Int8Path.FEW)
+    for name in ("int8.plan", "int8_linear.linear_plan"):
+        monkeypatch.setattr(f"bnb_cuda.{name}", lambda *sizes: Int8Path[path])
     check_any_number_of_outlier_columns(n, k, dtype, [rows for rows in ROWS if rows <= 16])
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from bnb_cuda.arguments import DTYPES
 from bnb_cuda.tuning import (
     MOST_SPLIT,
     Int8Path,
@@ -123,3 +124,25 @@ def test_the_module_counts_alike():
     native = pytest.importorskip("bnb_cuda._C", reason="the native module bnb_cuda._C is not built")
     assert native.MOST_SPLIT == MOST_SPLIT
     assert all(native.gathered_room(k) % native.GATHERED_MULTIPLE == 0 for k in range(16, 20000, 16))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "capability", "fits"),
+    [
+        ((1, 1, 16), 80, True),
+        ((2, 14336, 4096), 80, True),
+        ((1, 14336, 4096), 75, False),
+        ((3, 14336, 4096), 90, False),
+        ((0, 14336, 4096), 90, False),
+        ((1, 0, 4096), 90, False),
+        ((1, 64, 4104), 90, False),
+        ((1, 64, 16400), 90, False),
+        ((2, 64, 16384), 90, True),
+        # 99 KB of shared memory
+        ((1, 64, 14336), 89, False),
+        ((1, 64, 8192), 89, True),
+    ],
+)
+def test_rows_that_one_kernel_quantizes_and_multiplies(sizes, capability, fits):
+    native = pytest.importorskip("bnb_cuda._C", reason="the native module bnb_cuda._C is not built")
+    assert native.int8_gemv_fits(*sizes, DTYPES[torch.float16], capability) is fits

@@ -1,9 +1,7 @@
-"""Kernels of LLM.int8(). See :mod:`bnb_cuda.ops` for what all of them share."""
+"""Kernels of LLM.int8() but the layer (:mod:`bnb_cuda.int8_linear`). See :mod:`bnb_cuda.ops` for what all share."""
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -14,18 +12,14 @@ from bnb_cuda import _C
 from bnb_cuda.arguments import (
     DTYPES,
     address,
-    all_plain,
     dtype_number,
-    is_plain,
     plain,
     plain_or_none,
     rows_of,
     stream_of,
 )
 from bnb_cuda.int8_outliers import (
-    COUNT_WORDS,
     Outliers,
-    flag_words,
     gathered_buffer,
     listed_outliers,
     outlier_addresses,
@@ -124,7 +118,7 @@ def int8_linear_matmul_out(A: Tensor, B: Tensor, out: Tensor) -> None:
 
 
 #: The library's integer product wants more rows than this.
-_LIBRARY_ROWS = 16
+LIBRARY_ROWS = 16
 
 
 def integer_product(A: Tensor, B: Tensor) -> Tensor:
@@ -133,7 +127,7 @@ def integer_product(A: Tensor, B: Tensor) -> Tensor:
     m, k, n = A.shape[0], A.shape[1], B.shape[0]
     if m == 0 or n == 0 or k == 0:
         return torch.zeros(m, n, dtype=torch.int32, device=A.device)
-    more_rows = max(0, _LIBRARY_ROWS + 1 - m)
+    more_rows = max(0, LIBRARY_ROWS + 1 - m)
     more_k, more_n = -k % LIBRARY_MULTIPLE, -n % LIBRARY_MULTIPLE
     if more_rows or more_k:
         A = torch.nn.functional.pad(A, (0, more_k, 0, more_rows))
@@ -187,19 +181,9 @@ def int8_mixed_scaled_mm(
     return scaled_product(CA, CB, SCA, SCB, A, listed_outliers(columns), bias, A.dtype), outliers
 
 
-def int8_linear(A: Tensor, CB: Tensor, SCB: Tensor, threshold: float = 0.0, bias: Tensor | None = None) -> Tensor:
-    """Native ``int8_linear``: nothing waits for the device, whatever outliers there are."""
-    A = plain(A)
-    path = plan(rows_of(A), *CB.shape, A.dtype, CB.device.index, threshold > 0.0)
-    cleared = path is not Int8Path.GROUPS
-    codes, absmax, outliers = quantize_rows(A, threshold, cleared)
-    values = A if threshold > 0.0 else None
-    return scaled_product(codes, CB, absmax, SCB, values, outliers, bias, A.dtype, cleared)
-
-
 @cache
 def plan(rows: int, n: int, k: int, dtype: torch.dtype, device: int, outliers: bool) -> Int8Path:
-    """The plan for a device, remembered."""
+    """The plan for a product of codes, remembered."""
     capability = _C.capability(device)
     return plan_int8(rows, n, dtype, _C.int8_gemm_fits(n, k, capability), capability, outliers)
 
@@ -273,112 +257,6 @@ def _multiply(
     )
 
 
-def bind_int8_linear(
-    CB: Tensor, SCB: Tensor, threshold: float = 0.0, bias: Tensor | None = None
-) -> Callable[[Tensor], Tensor | None] | None:
-    """``int8_linear`` as a function of the activations alone. It keeps addresses, no tensors.
-
-    Activations whose product needs copies, and those of a weight that is gone, it leaves to the op.
-    """
-    n, k = CB.shape
-    if not all_plain(CB, SCB, bias) or n == 0 or k == 0:
-        return None
-    device, index = CB.device, CB.device.index
-    weight, weight_absmax = CB.data_ptr(), SCB.data_ptr()
-    bias_address, bias_dtype = address(bias), dtype_number(bias)
-    linear, stream = _C.int8_linear, stream_of
-    weight_of = weakref.ref(CB)
-    # Sizes that the library takes without a copy of the weight.
-    whole = n % LIBRARY_MULTIPLE == 0 and k % LIBRARY_MULTIPLE == 0
-    # Room for list and number of the outlier columns, and, by rows, for their flags.
-    finds = threshold > 0.0
-    outlier_bytes = (k + COUNT_WORDS) * 4 if finds else 0
-    room = _C.gathered_room(k) if finds else 0
-
-    def run(A: Tensor) -> Tensor | None:
-        rows, dtype = rows_of(A), A.dtype
-        path, stored = plan(rows, n, k, dtype, index, finds), None
-        if path is Int8Path.LIBRARY:
-            stored = weight_of()
-            if rows <= _LIBRARY_ROWS or not whole or stored is None:
-                return None
-        if rows == 0:
-            return None
-        A = A if is_plain(A) else plain(A)
-        out = empty((*A.shape[:-1], n), dtype=dtype, device=device)
-        # Outlier columns side by side come first, for their alignment.
-        gathered_bytes = (n + rows) * room * 2 if path is Int8Path.GROUPS else 0
-        listed_bytes = outlier_bytes + flag_words(rows, k) * 4 if outlier_bytes else 0
-        space = empty(gathered_bytes + rows * (k + 4) + listed_bytes, dtype=torch.uint8, device=device)
-        gathered, values, number = space.data_ptr(), A.data_ptr(), DTYPES[dtype]
-        codes = gathered + gathered_bytes
-        absmax = codes + rows * k
-        flags = columns = count = 0
-        if outlier_bytes:
-            columns = absmax + rows * 4
-            count = columns + k * 4
-            flags = absmax + rows * 4 + outlier_bytes
-        on, cleared = stream(index), path is not Int8Path.GROUPS
-        if stored is None:
-            linear(
-                path.value,
-                index,
-                on,
-                values,
-                number,
-                rows,
-                n,
-                k,
-                threshold,
-                codes,
-                absmax,
-                flags,
-                columns,
-                count,
-                cleared,
-                gathered,
-                room,
-                weight,
-                weight_absmax,
-                bias_address,
-                bias_dtype,
-                out.data_ptr(),
-            )
-            return out
-        _C.int8_quantize_rows(
-            index, on, values, number, rows, k, threshold, codes, absmax, flags, columns, count, cleared
-        )
-        with torch._C.DisableTorchFunctionSubclass():
-            integers = torch._int_mm(space[: rows * k].view(torch.int8).view(rows, k), stored.t())
-        _C.int8_gemm(
-            path.value,
-            index,
-            on,
-            integers.data_ptr(),
-            codes,
-            weight,
-            rows,
-            n,
-            k,
-            absmax,
-            weight_absmax,
-            values if outlier_bytes else 0,
-            flags,
-            columns,
-            count,
-            cleared,
-            0,
-            0,
-            bias_address,
-            bias_dtype,
-            out.data_ptr(),
-            number,
-        )
-        return out
-
-    return run
-
-
 #: What this module serves, by op.
 INT8_KERNELS = (
     Kernel("int8_vectorwise_quant", int8_vectorwise_quant),
@@ -389,5 +267,4 @@ INT8_KERNELS = (
     Kernel("int8_mm_dequant", int8_mm_dequant),
     Kernel("int8_scaled_mm", int8_scaled_mm),
     Kernel("int8_mixed_scaled_mm", int8_mixed_scaled_mm),
-    Kernel("int8_linear", int8_linear, bind=bind_int8_linear),
 )

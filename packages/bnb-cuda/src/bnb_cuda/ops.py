@@ -16,6 +16,7 @@ from bitsandbytes.backends.description import Kernel
 from bnb_cuda import _C
 from bnb_cuda.arguments import DTYPES, QUANT_TYPES, address, is_plain, plain, plain_or_none, stream_of
 from bnb_cuda.int8 import INT8_KERNELS
+from bnb_cuda.int8_linear import INT8_LINEAR_KERNELS
 from bnb_cuda.matmul import MATMUL_KERNELS
 from bnb_cuda.optim_prepared import OPTIM_KERNELS
 
@@ -222,5 +223,6 @@ KERNELS = (
     Kernel("dequantize_blockwise.out", dequantize_blockwise_out),
     *MATMUL_KERNELS,
     *INT8_KERNELS,
+    *INT8_LINEAR_KERNELS,
     *OPTIM_KERNELS,
 )

@@ -148,6 +148,8 @@ def split_of(rows: int, n: int, k: int, capability: int, processors: int) -> int
 #: Rows up to which the int8 kernel for few rows wins over those with tiles; and, without outliers, over the one of
 #: compute capability 9.0 (H200), which wins with outliers throughout.
 MOST_ROWS_INT8_FEW, MOST_ROWS_INT8_FEW_GROUPS = 16, 8
+#: Rows up to which quantizing them in each thread block of the product wins (H200).
+MOST_ROWS_INT8_GEMV = 2
 #: The library wants sizes in multiples of this; up to so many rows the tiles serve other sizes, for which a
 #: padded copy of the weight would have to be made at each call.
 LIBRARY_MULTIPLE = 8
@@ -165,6 +167,8 @@ class Int8Path(Enum):
     TILES = 2
     #: As tiles, with the matrix units of compute capability 9.0; 16-bit results.
     GROUPS = 3
+    #: All in one kernel from activations that are not quantized, for very few rows.
+    GEMV = 4
 
 
 def plan_int8(rows: int, n: int, dtype: torch.dtype, fits: bool, capability: int, outliers: bool) -> Int8Path:
