@@ -21,10 +21,10 @@ constexpr int kDepth = 4;              // pieces of a row that a warp has under 
 constexpr int kRingBytes = kThreads * kDepth * kOwn;
 constexpr int kMostTokens = 2;
 
-// Shared memory that a thread block may have.
+// Shared memory that a thread block may have, but for a kilobyte of variables.
 constexpr int64_t most_shared(int capability) {
   const bool is_large = capability >= 90 && capability < 120;
-  return (is_large ? 227 : capability < 86 ? 163 : 99) << 10;
+  return (is_large ? 226 : capability < 86 ? 162 : 98) << 10;
 }
 
 // sum + the products of four codes.
@@ -39,7 +39,8 @@ __device__ __forceinline__ int dot4(unsigned a, unsigned b, int sum) {
 #endif
 }
 
-// The activations in shared memory, in rows of whole chunks: codes, a bit for each outlier column, values.
+// The activations in shared memory, in rows of whole chunks: codes, a bit for each outlier column, and values, which
+// are 0 in other columns where there are outliers.
 template <class T, int kTokens>
 struct Quantized {
   int8_t* codes;
@@ -110,17 +111,63 @@ __device__ __forceinline__ bool quantize(const Quantized<T, kTokens>& q, const T
     for (int t = 0; t < kTokens; ++t) {
       Vector<int8_t, kPerVector> codes = {};
       if (column < k) {
-        const auto values = *reinterpret_cast<const Vector<T, kPerVector>*>(q.values + t * q.pitch + column);
+        auto& place = *reinterpret_cast<Vector<T, kPerVector>*>(q.values + t * q.pitch + column);
+        Vector<T, kPerVector> values = place;
 #pragma unroll
         for (int i = 0; i < kPerVector; ++i) {
-          codes.values[i] = (flagged >> i & 1u) != 0 ? 0 : encode(to_float(values.values[i]), absmax[t], scales[t]);
+          const float value = to_float(values.values[i]);
+          const bool is_outlier = kOutliers && (flagged >> i & 1u) != 0;
+          codes.values[i] = is_outlier ? 0 : encode(value, absmax[t], scales[t]);
+          values.values[i] = is_outlier ? values.values[i] : from_float<T>(0.0f);
         }
+        if (kOutliers && found) {
+          place = values;
+        }
+      } else if (kOutliers && found) {
+        *reinterpret_cast<Vector<T, kPerVector>*>(q.values + t * q.pitch + column) = {};
       }
       *reinterpret_cast<Vector<int8_t, kPerVector>*>(q.codes + t * q.pitch + column) = codes;
     }
   }
   __syncthreads();
   return found;
+}
+
+// Lanes add up the products in their outlier columns one by one, or, if one has as many as this, those in all columns.
+constexpr int kManyColumns = 4;
+
+// sums += values * codes over a lane's columns, from `column` on: those that have a bit in `flagged`, or all.
+template <class T, int kTokens>
+__device__ __forceinline__ void multiply_flagged(float (&sums)[kTokens], const Quantized<T, kTokens>& q, int column,
+                                                 uint4 codes, unsigned flagged) {
+  for (; flagged != 0; flagged &= flagged - 1) {
+    const int i = __ffs(static_cast<int>(flagged)) - 1;
+    const unsigned word = i < 8 ? (i < 4 ? codes.x : codes.y) : (i < 12 ? codes.z : codes.w);
+    const float code = static_cast<float>(static_cast<int8_t>(word >> (i % 4 * 8)));
+#pragma unroll
+    for (int t = 0; t < kTokens; ++t) {
+      sums[t] = __fmaf_rn(to_float(q.values[t * q.pitch + column + i]), code, sums[t]);
+    }
+  }
+}
+
+template <class T, int kTokens>
+__device__ __forceinline__ void multiply_all(float (&sums)[kTokens], const Quantized<T, kTokens>& q, int column,
+                                             uint4 codes) {
+  const unsigned words[4] = {codes.x, codes.y, codes.z, codes.w};
+#pragma unroll
+  for (int w = 0; w < 4; ++w) {
+    const float four[4] = {code_value<0>(words[w]), code_value<1>(words[w]), code_value<2>(words[w]),
+                           code_value<3>(words[w])};
+#pragma unroll
+    for (int t = 0; t < kTokens; ++t) {
+      const auto values = *reinterpret_cast<const Vector<T, 4>*>(q.values + t * q.pitch + column + 4 * w);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        sums[t] = __fmaf_rn(to_float(values.values[i]), four[i], sums[t]);
+      }
+    }
+  }
 }
 
 // `parts`: warps that share a row of the weight; more than one only if all rows are multiplied at once.
@@ -209,15 +256,11 @@ __global__ void __launch_bounds__(kThreads)
     }
     fetch(step + kDepth);
     if (kOutliers && has_outliers) {
-      unsigned flagged = q.flags[column / 32] >> (column % 32) & 0xffffu;
-      for (; flagged != 0; flagged &= flagged - 1) {
-        const int i = __ffs(static_cast<int>(flagged)) - 1;
-        const unsigned word = i < 8 ? (i < 4 ? right.x : right.y) : (i < 12 ? right.z : right.w);
-        const float code = static_cast<float>(static_cast<int8_t>(word >> (i % 4 * 8)));
-#pragma unroll
-        for (int t = 0; t < kTokens; ++t) {
-          corrections[t] = __fmaf_rn(to_float(q.values[t * q.pitch + column + i]), code, corrections[t]);
-        }
+      const unsigned flagged = q.flags[column / 32] >> (column % 32) & 0xffffu;
+      if (group_any(__popc(flagged) >= kManyColumns)) {
+        multiply_all(corrections, q, column, right);
+      } else {
+        multiply_flagged(corrections, q, column, right, flagged);
       }
     }
     if (++chunk == chunks) {
@@ -290,7 +333,9 @@ auto with_tokens(int64_t m, Body&& body) {
 }  // namespace
 
 bool int8_gemv_fits(int64_t m, int64_t n, int64_t k, int dtype, int capability) {
-  if (capability < 80 || m < 1 || m > kMostTokens || n < 1 || n >= int64_t{1} << 31 || k < 1 || k > kMostColumns ||
+  // Beyond the last row a warp still adds to its number, an int.
+  constexpr int64_t kMostRows = int64_t{1} << 30;
+  if (capability < 80 || m < 1 || m > kMostTokens || n < 1 || n > kMostRows || k < 1 || k > kMostColumns ||
       k % kOwn != 0) {
     return false;
   }

@@ -137,8 +137,10 @@ def test_the_module_counts_alike():
         ((1, 0, 4096), 90, False),
         ((1, 64, 4104), 90, False),
         ((1, 64, 16400), 90, False),
+        ((1, 2**30, 16), 90, True),
+        ((1, 2**30 + 1, 16), 90, False),
         ((2, 64, 16384), 90, True),
-        # 99 KB of shared memory
+        # Devices with less shared memory.
         ((1, 64, 14336), 89, False),
         ((1, 64, 8192), 89, True),
     ],
