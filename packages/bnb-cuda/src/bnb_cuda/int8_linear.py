@@ -44,8 +44,9 @@ def int8_linear(A: Tensor, CB: Tensor, SCB: Tensor, threshold: float = 0.0, bias
 
 def vector_product(A: Tensor, CB: Tensor, SCB: Tensor, threshold: float, bias: Tensor | None) -> Tensor:
     """``int8_linear`` of very few rows, in one kernel."""
+    n, k = CB.shape
     device = CB.device
-    out = empty((*A.shape[:-1], CB.shape[0]), dtype=A.dtype, device=device)
+    out = empty((*A.shape[:-1], n), dtype=A.dtype, device=device)
     _C.int8_linear(
         Int8Path.GEMV.value,
         device.index,
@@ -53,7 +54,8 @@ def vector_product(A: Tensor, CB: Tensor, SCB: Tensor, threshold: float, bias: T
         A.data_ptr(),
         DTYPES[A.dtype],
         rows_of(A),
-        *CB.shape,
+        n,
+        k,
         threshold,
         *NO_INTERMEDIATES,
         CB.data_ptr(),
