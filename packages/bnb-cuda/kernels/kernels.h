@@ -130,8 +130,8 @@ void int8_gemm_few(const Launch&, const Gemm8&);    // up to 16 rows
 void int8_gemm_tiles(const Launch&, const Gemm8&);  // any number of rows
 // The same on compute capability 9.0, float16 or bfloat16.
 void int8_gemm_groups(const Launch&, const Gemm8&);
-// The same from `values` alone, which every thread block quantizes for itself: of the others, `a`, `a_absmax` and all that
-// is about outliers are not used. Few rows, if the sizes fit.
+// The same from `values` alone, which every thread block quantizes for itself: of the others, `a`, `a_absmax` and all
+// that is about outliers are not used. Few rows, if the sizes fit.
 bool int8_gemv_fits(int64_t m, int64_t n, int64_t k, int dtype, int capability);
 void int8_gemv(const Launch&, const Gemm8&, float threshold);
 // `room` is a multiple of this. For lists with flags it shall be what `gathered_room` says.
