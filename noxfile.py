@@ -130,16 +130,22 @@ def run_on_aarch64(environment: Environment) -> str:
 
 
 def check_cuda(environment: Environment) -> str:
-    """Build the CUDA module for one architecture and import it, where a compiler is at hand; test what needs no GPU."""
+    """Build the CUDA module for one architecture, where a compiler is at hand, and test what needs no GPU."""
     package = ROOT / "packages" / "bnb-cuda"
-    built = "not built: no nvcc on PATH"
+    source, built = package / "src", "not built: no nvcc on PATH"
     if shutil.which("nvcc") is not None:
         build = STATE / "native" / "bnb-cuda"
         configure(environment, package, build, f"-DCMAKE_CUDA_ARCHITECTURES={CUDA_ARCHITECTURE}")
         environment.script("cmake", "--build", build)
-        environment.run("-c", "import _C", env={"PYTHONPATH": str(build)})
+        # The package with its module, as a wheel would install it.
+        source = STATE / "native" / "bnb-cuda-package"
+        shutil.rmtree(source, ignore_errors=True)
+        shutil.copytree(package / "src", source)
+        for module in build.glob("_C.*"):
+            shutil.copy2(module, source / "bnb_cuda")
+        environment.run("-c", "import bnb_cuda._C", env={"PYTHONPATH": str(source)})
         built = f"built for {CUDA_ARCHITECTURE}"
-    counts = run_pytest(environment, "cuda", package / "tests", env={"PYTHONPATH": str(package / "src")})
+    counts = run_pytest(environment, "cuda", package / "tests", env={"PYTHONPATH": str(source)})
     return f"{built}; {counts}"
 
 

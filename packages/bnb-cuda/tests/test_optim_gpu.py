@@ -12,7 +12,9 @@ import torch
 from bitsandbytes import optim, paging
 from bitsandbytes.backends.bound import EXCHANGE
 
-# Where the module is not built these tests are skipped, not broken.
+# Where the module is not built, or torch has no CUDA, these tests are skipped, not broken.
+if not torch.backends.cuda.is_built():
+    pytest.skip("this build of torch has no CUDA", allow_module_level=True)
 _C = pytest.importorskip("bnb_cuda._C", reason="the native module bnb_cuda._C is not built")
 pages = pytest.importorskip("bnb_cuda.paging")
 
