@@ -1,4 +1,5 @@
-// Asynchronous copies from global to shared memory (compute capability 8.0 and later).
+// Asynchronous copies from global to shared memory (compute capability 8.0 and later; elsewhere they do not return
+// before they are done).
 #pragma once
 
 #include "gemm4.h"
@@ -11,6 +12,8 @@ __device__ __forceinline__ void copy_async(void* to, const void* from, bool vali
   const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(to));
   const int bytes = valid ? 16 : 0;
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from), "r"(bytes) : "memory");
+#else
+  *static_cast<uint4*>(to) = valid ? *static_cast<const uint4*>(from) : make_uint4(0, 0, 0, 0);
 #endif
 }
 
