@@ -108,38 +108,24 @@ def bind_int8_linear(
             return None
         A = A if is_plain(A) else plain(A)
         out = empty((*A.shape[:-1], n), dtype=dtype, device=device)
+        on, values, number = stream(index), A.data_ptr(), DTYPES[dtype]
         if path is Int8Path.GEMV:
-            linear(
-                path.value,
-                index,
-                stream(index),
-                A.data_ptr(),
-                DTYPES[dtype],
-                rows,
-                n,
-                k,
-                threshold,
-                *NO_INTERMEDIATES,
-                weight,
-                weight_absmax,
-                bias_address,
-                bias_dtype,
-                out.data_ptr(),
-            )
-            return out
-        # Outlier columns side by side come first, for their alignment.
-        gathered_bytes = (n + rows) * room * 2 if path is Int8Path.GROUPS else 0
-        listed_bytes = outlier_bytes + flag_words(rows, k) * 4 if outlier_bytes else 0
-        space = empty(gathered_bytes + rows * (k + 4) + listed_bytes, dtype=torch.uint8, device=device)
-        gathered, values, number = space.data_ptr(), A.data_ptr(), DTYPES[dtype]
-        codes = gathered + gathered_bytes
-        absmax = codes + rows * k
-        flags = columns = count = 0
-        if outlier_bytes:
-            columns = absmax + rows * 4
-            count = columns + k * 4
-            flags = absmax + rows * 4 + outlier_bytes
-        on, cleared = stream(index), path is not Int8Path.GROUPS
+            intermediates = NO_INTERMEDIATES
+        else:
+            # Outlier columns side by side come first, for their alignment.
+            gathered_bytes = (n + rows) * room * 2 if path is Int8Path.GROUPS else 0
+            listed_bytes = outlier_bytes + flag_words(rows, k) * 4 if outlier_bytes else 0
+            space = empty(gathered_bytes + rows * (k + 4) + listed_bytes, dtype=torch.uint8, device=device)
+            gathered = space.data_ptr()
+            codes = gathered + gathered_bytes
+            absmax = codes + rows * k
+            flags = columns = count = 0
+            if outlier_bytes:
+                columns = absmax + rows * 4
+                count = columns + k * 4
+                flags = absmax + rows * 4 + outlier_bytes
+            cleared = path is not Int8Path.GROUPS
+            intermediates = codes, absmax, flags, columns, count, cleared, gathered, room
         if stored is None:
             linear(
                 path.value,
@@ -151,14 +137,7 @@ def bind_int8_linear(
                 n,
                 k,
                 threshold,
-                codes,
-                absmax,
-                flags,
-                columns,
-                count,
-                cleared,
-                gathered,
-                room,
+                *intermediates,
                 weight,
                 weight_absmax,
                 bias_address,
