@@ -425,7 +425,7 @@ void run(const Launch& launch, const Gemm8& p) {
     maps.all_values = matrix_map(p.values, kTwoBytes, 2, p.m, p.k, tokens, kOutlierStep, kSwizzle);
     maps.all_codes = matrix_map(p.b, kByte, 1, p.n, p.k, Layout::kBoxRows, kOutlierStep);
   }
-  const bool merges = p.outliers.flags != nullptr && !p.cleared && product_merges_flags(p.m, p.k);
+  const bool merges = p.outliers.flags != nullptr && product_merges_flags(p.m, p.k, p.cleared);
   const Problem problem{static_cast<int>(p.m),
                         static_cast<int>(p.n),
                         static_cast<int>(p.k),

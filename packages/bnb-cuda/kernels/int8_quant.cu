@@ -241,8 +241,8 @@ int64_t outlier_flag_words(int64_t rows, int64_t columns) {
   return column_words(columns) + merged_bytes / static_cast<int64_t>(sizeof(unsigned));
 }
 
-bool product_merges_flags(int64_t rows, int64_t columns) {
-  return merges_flags(rows, columns) && rows * row_flag_bytes(columns) <= kMostMergedByProduct;
+bool product_merges_flags(int64_t rows, int64_t columns, bool cleared) {
+  return !cleared && merges_flags(rows, columns) && rows * row_flag_bytes(columns) <= kMostMergedByProduct;
 }
 
 void int8_quantize_rows(const Launch& launch, const void* x, int dtype, int64_t rows, int64_t columns, float threshold,
@@ -263,7 +263,7 @@ void int8_quantize_rows(const Launch& launch, const void* x, int dtype, int64_t 
       quantize<T>(launch, static_cast<const T*>(x), rows, columns, threshold, codes, absmax, outliers, own_flags);
     });
   }
-  if (merges && (cleared || !product_merges_flags(rows, columns))) {
+  if (merges && !product_merges_flags(rows, columns, cleared)) {
     launch_dependent(merge_flags, {dim3(1), kMergeThreads}, launch, kQuantization, own_flags, static_cast<int>(rows),
                      static_cast<int>(columns), outliers);
   }

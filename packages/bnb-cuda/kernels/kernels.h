@@ -89,7 +89,8 @@ struct Outliers {
 
 // Words of flags that quantization of such a matrix needs.
 int64_t outlier_flag_words(int64_t rows, int64_t columns);
-bool product_merges_flags(int64_t rows, int64_t columns);
+// Whether it leaves the flags of rows to the product, given whether the codes are cleared.
+bool product_merges_flags(int64_t rows, int64_t columns, bool cleared);
 
 // Codes and absmax per row. With a threshold: outliers do not count, they get code 0, and so do their columns if
 // `cleared`; the columns are listed in `outliers` (null pointers without a threshold), or left to the product.
